@@ -1,0 +1,225 @@
+//! The archive's words: how a batch directory and its files are named, and what listing them says.
+//!
+//! A batch is one directory named after its inclusive position range, renamed into place as a whole.
+//! So the listing *is* the sink's position: there is no manifest that could disagree.
+
+use std::path::{Path, PathBuf};
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::lsn::{Lsn, Position, SlotIdentity};
+
+/// Version of the layout and of the file's footer.
+pub const VERSION: &str = "1";
+/// Name of the file that holds the idle position.
+pub const POSITION_FILE: &str = "position.json";
+/// Prefix of an owner's work directory.
+pub const WORK_PREFIX: &str = ".work-";
+
+/// Footer key: pipeline name.
+pub const META_PIPELINE: &str = "falaj.pipeline";
+/// Footer key: [`SlotIdentity`] as JSON.
+pub const META_SLOT: &str = "falaj.slot";
+/// Footer key: first position of the batch, as in the directory's name.
+pub const META_FIRST: &str = "falaj.first";
+/// Footer key: last position of the batch.
+pub const META_LAST: &str = "falaj.last";
+/// Footer key: `end_lsn` of the last transaction; absent while that is not whole.
+pub const META_END_LSN: &str = "falaj.end_lsn";
+/// Footer key: [`VERSION`].
+pub const META_VERSION: &str = "falaj.version";
+
+/// What may stand bare in a file or topic name; everything else is percent-encoded.
+const NAME: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_').remove(b'-').remove(b'.');
+
+/// What may stand bare in a table's part of a topic name.
+const TOPIC: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_').remove(b'.');
+
+/// A table name as a file-name stem: bytes outside `A–Z a–z 0–9 _ - .` as `%XX`.
+///
+/// A leading dot is encoded too, so that no table can hide a file or name a parent directory.
+pub fn encode_name(table: &str) -> String {
+    let encoded = utf8_percent_encode(table, NAME).to_string();
+    match encoded.strip_prefix('.') {
+        Some(rest) => format!("%2E{rest}"),
+        None => encoded,
+    }
+}
+
+/// Undoes [`encode_name`].
+pub fn decode_name(stem: &str) -> Option<String> {
+    percent_decode_str(stem).decode_utf8().ok().map(Into::into)
+}
+
+/// A bound as in directory names: `{commit_lsn:016X}.{ordinal:010}`.
+pub fn bound(at: Position) -> String {
+    format!("{:016X}.{:010}", at.commit_lsn.0, at.ordinal)
+}
+
+/// Parses what [`bound`] writes; anything else is `None`.
+pub fn parse_bound(text: &str) -> Option<Position> {
+    let (lsn, ordinal) = text.split_once('.')?;
+    let plain = lsn.len() == 16 && ordinal.len() >= 10 && ordinal.bytes().all(|b| b.is_ascii_digit());
+    let commit_lsn = Lsn(u64::from_str_radix(lsn, 16).ok()?);
+    let at = Position { commit_lsn, ordinal: ordinal.parse().ok()? };
+    (plain && bound(at) == text).then_some(at)
+}
+
+/// One sealed batch directory.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Batch {
+    /// First position, inclusive.
+    pub first: Position,
+    /// Last position, inclusive.
+    pub last: Position,
+    /// The directory.
+    pub path: PathBuf,
+}
+
+/// One Parquet file of a batch.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DataFile {
+    /// Table name: bare in schema public, else `schema.table`.
+    pub table: String,
+    /// 0, or 1… after the table's schema has changed within the batch.
+    pub part: u32,
+    /// The file.
+    pub path: PathBuf,
+}
+
+impl Batch {
+    /// Directory name of a position range.
+    pub fn name(first: Position, last: Position) -> String {
+        format!("{}-{}", bound(first), bound(last))
+    }
+
+    /// The batch's Parquet files, by table and part. Marks and other files beside them are left out.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] when the directory cannot be read.
+    pub fn files(&self) -> Result<Vec<DataFile>> {
+        let mut files = Vec::new();
+        for entry in read_dir(&self.path)? {
+            let name = entry.file_name();
+            if let Some((table, part)) = name.to_str().and_then(parse_file_name) {
+                files.push(DataFile { table, part, path: entry.path() });
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+}
+
+/// A table name as part of a topic: Kafka allows `A–Z a–z 0–9 . _ -` alone, so every other byte, and `-` itself, is `-XX`.
+pub fn encode_topic(table: &str) -> String {
+    utf8_percent_encode(table, TOPIC).to_string().replace('%', "-")
+}
+
+/// File name of a table's rows: `<table>.parquet`, then `<table>.1.parquet`, …
+///
+/// In a table name that itself ends in `.1` that dot is encoded, so that it cannot be taken for a part.
+pub fn file_name(table: &str, part: u32) -> String {
+    let mut stem = encode_name(table);
+    if let Some((head, tail)) = stem.rsplit_once('.')
+        && tail.bytes().all(|b| b.is_ascii_digit())
+    {
+        stem = format!("{head}%2E{tail}");
+    }
+    match part {
+        0 => format!("{stem}.parquet"),
+        n => format!("{stem}.{n}.parquet"),
+    }
+}
+
+/// Reads what [`file_name`] writes.
+fn parse_file_name(name: &str) -> Option<(String, u32)> {
+    let stem = name.strip_suffix(".parquet")?;
+    if let Some((table, part)) = stem.rsplit_once('.')
+        && let Ok(n) = part.parse::<u32>()
+        && n > 0
+        && part == n.to_string()
+    {
+        return Some((decode_name(table)?, n));
+    }
+    Some((decode_name(stem)?, 0))
+}
+
+/// All sealed batches, oldest first. Work directories and foreign names are left out.
+///
+/// # Errors
+/// [`Error::Fatal`] when the directory exists and cannot be read; an absent one is an empty archive.
+pub fn list(dir: &Path) -> Result<Vec<Batch>> {
+    if !dir.exists() {
+        return Ok(Vec::new());
+    }
+    let mut batches: Vec<Batch> = read_dir(dir)?
+        .into_iter()
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let (first, last) = name.to_str()?.split_once('-')?;
+            Some(Batch { first: parse_bound(first)?, last: parse_bound(last)?, path: entry.path() })
+        })
+        .collect();
+    batches.sort();
+    Ok(batches)
+}
+
+/// The idle position: everything committed below `lsn` is in the archive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdlePosition {
+    /// The stream that `lsn` belongs to.
+    pub identity: SlotIdentity,
+    /// Nothing committed below it is missing.
+    pub lsn: Lsn,
+}
+
+fn read_dir(dir: &Path) -> Result<Vec<std::fs::DirEntry>> {
+    std::fs::read_dir(dir)
+        .and_then(|entries| entries.collect())
+        .map_err(|e| Error::fatal(format_args!("reading {}", dir.display()), e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(lsn: u64, ordinal: u64) -> Position {
+        Position { commit_lsn: Lsn(lsn), ordinal }
+    }
+
+    #[test]
+    fn bounds_read_back_and_nothing_else_does() {
+        assert_eq!(bound(at(0x16_B374_D848, 3)), "00000016B374D848.0000000003");
+        assert_eq!(parse_bound("00000016B374D848.0000000003"), Some(at(0x16_B374_D848, 3)));
+        for bad in ["", "16.3", "00000016b374d848.0000000003", "00000016B374D848.3", "00000016B374D848.+000000003"] {
+            assert_eq!(parse_bound(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn hostile_table_names_stay_inside_the_directory() {
+        for name in ["../../etc/passwd", ".hidden", "a/b", "line\nbreak", "emoji 🎧", "quote\"'", "%41", "app.1"] {
+            let file = file_name(name, 0);
+            assert!(!file.contains('/') && !file.starts_with('.'), "{file}");
+            assert_eq!(parse_file_name(&file), Some((name.to_owned(), 0)));
+        }
+        assert_eq!(encode_topic("a/b-c"), "a-2Fb-2Dc");
+        assert_eq!(parse_file_name("content.12.parquet"), Some(("content".into(), 12)));
+        assert_eq!(parse_file_name("content.loaded"), None);
+    }
+
+    #[test]
+    fn listing_sorts_by_position_and_skips_work_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in
+            [Batch::name(at(200, 0), at(300, 1)), Batch::name(at(100, 0), at(199, 5)), ".work-1".into(), "lost".into()]
+        {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let firsts: Vec<_> = list(dir.path()).unwrap().into_iter().map(|b| b.first).collect();
+        assert_eq!(firsts, [at(100, 0), at(200, 0)]);
+        assert_eq!(list(&dir.path().join("none")).unwrap(), []);
+    }
+}

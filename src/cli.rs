@@ -1,0 +1,160 @@
+//! The command line: one subcommand a role.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{SinkName, Span};
+use crate::lsn::Lsn;
+
+/// Streams Postgres changes, exactly once, to Kafka, Parquet/BigQuery, Redis and HTTP, from one LSN.
+#[derive(Debug, Parser)]
+#[command(name = "falaj", version, max_term_width = 110)]
+pub struct Cli {
+    /// Configuration file; without it ./falaj.toml where that exists, else the defaults
+    #[arg(short, long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// The roles.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Create publication, slot, lookup state and topics; prints the plan first
+    Init(Init),
+    /// Try every requirement: found, needed, exact fix
+    Check(Json),
+    /// Write seeded, realistic engagement load into Postgres
+    Generate(Generate),
+    /// Slot → decode → enrich → Kafka and Parquet archive
+    Produce(Produce),
+    /// Kafka → Redis board, Kafka → outside HTTP system
+    Consume(Consume),
+    /// Sealed Parquet batches → BigQuery load jobs
+    Upload(Upload),
+    /// produce + consume + upload in one process
+    Run,
+    /// The whole system on one machine, in one terminal
+    Demo(Demo),
+    /// The live ranking and devices of the last 10 minutes
+    Board(Board),
+    /// One-shot state of every role's position and lag
+    Status(Json),
+    /// The simulated outside system: an idempotent receiver with switchable faults
+    MockExternal(MockExternal),
+    /// Exit 0 when the local process answers /livez; for containers
+    Healthcheck,
+}
+
+/// Flags of `init`.
+#[derive(Debug, Args)]
+pub struct Init {
+    /// Carry the plan out without asking
+    #[arg(long)]
+    pub yes: bool,
+    /// Also create the tables of sql/ where they are absent
+    #[arg(long)]
+    pub with_tables: bool,
+    /// Take over a slot made by hand, or rebuild a lost lookup state from now
+    #[arg(long)]
+    pub adopt_slot: bool,
+}
+
+/// Output form.
+#[derive(Debug, Args)]
+pub struct Json {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Flags of `generate`.
+#[derive(Clone, Debug, Args)]
+pub struct Generate {
+    /// Engagement rows a second; without it as fast as Postgres takes them
+    #[arg(long)]
+    pub rate: Option<u64>,
+    /// Stop after this many committed engagement rows
+    #[arg(long)]
+    pub count: Option<u64>,
+    /// The same seed gives the same rows
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+/// Flags of `produce`.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Produce {
+    /// Feed only these sinks in this run; the others still hold the acknowledgement back
+    #[arg(long, value_delimiter = ',', value_name = "kafka,archive")]
+    pub sinks: Option<Vec<SinkName>>,
+    /// Stop when exactly the transactions with end_lsn ≤ LSN are durable
+    #[arg(long, value_name = "LSN")]
+    pub until_lsn: Option<Lsn>,
+}
+
+/// Flags of `consume`.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Consume {
+    /// Feed only these outlets in this run
+    #[arg(long, value_delimiter = ',', value_enum, value_name = "redis,external")]
+    pub sinks: Option<Vec<Outlet>>,
+    /// Stop when the end offsets found at the start are applied
+    #[arg(long)]
+    pub until_end: bool,
+}
+
+/// An outlet of `consume`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Outlet {
+    /// The live board.
+    Redis,
+    /// The outside HTTP system.
+    External,
+}
+
+/// Flags of `upload`.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Upload {
+    /// Load what is sealed now, then exit
+    #[arg(long)]
+    pub once: bool,
+}
+
+/// Flags of `demo`.
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// Run unattended for this long, then print a summary
+    #[arg(long = "for", value_name = "30s")]
+    pub length: Option<Span>,
+}
+
+/// Flags of `board`.
+#[derive(Debug, Args)]
+pub struct Board {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// How many contents
+    #[arg(long, default_value_t = 10)]
+    pub top: usize,
+    /// Print again every second
+    #[arg(long)]
+    pub follow: bool,
+}
+
+/// Flags of `mock-external`.
+#[derive(Clone, Debug, Args)]
+pub struct MockExternal {
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1:8088")]
+    pub listen: String,
+    /// Share of requests answered with a fault, 0.0 to 1.0
+    #[arg(long, default_value_t = 0.0)]
+    pub fail: f64,
+    /// Wait this long before each answer
+    #[arg(long, default_value = "0ms")]
+    pub delay: Span,
+}

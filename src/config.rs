@@ -1,0 +1,561 @@
+//! Configuration: defaults < file < environment < flags. Unknown keys are errors, so that a typing error never goes unseen.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::error::{Error, Result};
+
+/// The defaults, as a file that a user can start from.
+pub const DEFAULTS: &str = include_str!("../config/falaj.toml");
+
+/// The whole configuration. Only `main` sees all of it; every role gets the sections it needs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Part of transactional.id, topics, Redis keys and job ids.
+    pub pipeline: String,
+    /// The source.
+    pub postgres: Postgres,
+    /// The streaming role.
+    pub produce: Produce,
+    /// Where the lookup state lives.
+    pub state: State,
+    /// Kafka: topics and any librdkafka key.
+    pub kafka: Kafka,
+    /// The Parquet archive.
+    pub archive: Archive,
+    /// The live board.
+    pub redis: Redis,
+    /// The outside HTTP system.
+    pub external: External,
+    /// Where `upload` loads to.
+    pub bigquery: BigQuery,
+    /// The operator's HTTP listener.
+    pub http: Http,
+    /// Per-table settings.
+    #[serde(rename = "table", default)]
+    pub tables: Vec<Table>,
+}
+
+/// `[postgres]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Postgres {
+    /// URI or key=value; PG* variables, .pgpass and service files count as libpq does.
+    pub url: String,
+    /// Name of the replication slot.
+    pub slot: String,
+    /// Name of the publication.
+    pub publication: String,
+}
+
+/// `[produce]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Produce {
+    /// The configured sinks; each of them holds the acknowledgement back.
+    pub sinks: Vec<SinkName>,
+    /// A Kafka transaction is closed at this size.
+    pub transaction_bytes: ByteSize,
+    /// … or at this age; with nothing more waiting it is closed at once.
+    pub transaction_age: Span,
+    /// How much decoded data may wait between two stages.
+    pub queue_bytes: ByteSize,
+}
+
+/// A sink of `produce`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SinkName {
+    /// Kafka topics.
+    Kafka,
+    /// Parquet batches.
+    Archive,
+}
+
+impl FromStr for SinkName {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "kafka" => Ok(Self::Kafka),
+            "archive" => Ok(Self::Archive),
+            _ => Err(format!("`{s}` is no sink of produce; needed: kafka or archive")),
+        }
+    }
+}
+
+/// `[state]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// Directory of the lookup cache: base snapshot and position-stamped change log.
+    pub dir: PathBuf,
+}
+
+/// `[kafka]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Kafka {
+    /// Topic name; `{pipeline}` and `{table}` are filled in.
+    pub topic: String,
+    /// Partitions of a topic that `init` makes.
+    pub partitions: i32,
+    /// Replication factor of a topic that `init` makes.
+    pub replication_factor: i32,
+    /// `"cloudevents"` adds binary-mode headers; absent means none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub headers: Option<String>,
+    /// Any librdkafka key, verbatim.
+    #[serde(flatten, deserialize_with = "scalars")]
+    pub client: BTreeMap<String, String>,
+}
+
+/// `[archive]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Archive {
+    /// Directory of the batches.
+    pub dir: PathBuf,
+    /// A batch is sealed at this size.
+    pub seal_bytes: ByteSize,
+    /// … or at this age.
+    pub seal_after: Span,
+}
+
+/// `[redis]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Redis {
+    /// `redis://` or `rediss://` URL.
+    pub url: String,
+}
+
+/// `[external]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct External {
+    /// Every event is POSTed here.
+    pub url: String,
+    /// Whether rows of a backfill (op `r`) are sent too.
+    pub history: bool,
+    /// How many requests may be under way at once.
+    pub in_flight: usize,
+    /// How long one request may take.
+    pub timeout: Span,
+}
+
+/// `[bigquery]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BigQuery {
+    /// Project id; unset: nothing is uploaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub project: Option<String>,
+    /// Data set of all tables.
+    pub dataset: String,
+    /// Location of the data set and of the jobs.
+    pub location: String,
+    /// Base URL of the service; BIGQUERY_EMULATOR_HOST counts too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// Least time between two loads of one table.
+    pub load_every: Span,
+}
+
+/// `[http]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Http {
+    /// Address of /metrics, /livez, /readyz, /api/v1; empty means off.
+    pub listen: String,
+}
+
+/// One `[[table]]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Table {
+    /// Table name; bare in schema public, else `schema.table`.
+    pub name: String,
+    /// Column whose text is the Kafka record key; absent: the primary key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// Left join with a lookup table.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lookup: Option<Lookup>,
+    /// Derived columns, in order; a later one may use an earlier one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub derive: Vec<Derive>,
+}
+
+/// `[table.lookup]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lookup {
+    /// The lookup table; must be in the publication and have a single-column primary key.
+    pub table: String,
+    /// Column of this table that holds the lookup table's primary key.
+    pub on: String,
+    /// Columns to join.
+    pub columns: Vec<String>,
+}
+
+/// `[[table.derive]]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Derive {
+    /// Name of the derived column.
+    pub name: String,
+    /// Dividend and divisor.
+    pub divide: [Operand; 2],
+    /// Digits after the point; rounded half away from zero.
+    pub scale: u32,
+}
+
+/// A column's name or an integer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Operand {
+    /// A constant.
+    Number(i64),
+    /// A source, lookup or earlier derived column.
+    Column(String),
+}
+
+/// A number of bytes, written `64MiB`, `500kB` or `1048576`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(pub usize);
+
+impl FromStr for ByteSize {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (number, unit) = split_unit(s);
+        let factor = match unit {
+            "" | "B" => 1,
+            "kB" | "KB" => 1_000,
+            "KiB" => 1 << 10,
+            "MB" => 1_000_000,
+            "MiB" => 1 << 20,
+            "GB" => 1_000_000_000,
+            "GiB" => 1 << 30,
+            _ => return Err(format!("`{s}` is no size; needed: a number with B, kB, KiB, MB, MiB, GB or GiB")),
+        };
+        let n: usize = number.parse().map_err(|_| format!("`{s}` is no size; needed: for example 64MiB"))?;
+        n.checked_mul(factor).filter(|&n| n > 0).map(Self).ok_or(format!("`{s}` is out of range"))
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            n if n % (1 << 20) == 0 => write!(f, "{}MiB", n >> 20),
+            n if n % (1 << 10) == 0 => write!(f, "{}KiB", n >> 10),
+            n => write!(f, "{n}B"),
+        }
+    }
+}
+
+/// A length of time, written `60s`, `100ms`, `5m` or `1h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Span(pub Duration);
+
+impl FromStr for Span {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (number, unit) = split_unit(s);
+        let millis = match unit {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" | "min" => 60_000,
+            "h" => 3_600_000,
+            _ => return Err(format!("`{s}` is no duration; needed: a number with ms, s, m or h, as in 60s")),
+        };
+        let n: u64 = number.parse().map_err(|_| format!("`{s}` is no duration; needed: for example 60s"))?;
+        n.checked_mul(millis).map(|ms| Self(Duration::from_millis(ms))).ok_or(format!("`{s}` is out of range"))
+    }
+}
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_millis() {
+            ms if ms % 1000 == 0 => write!(f, "{}s", ms / 1000),
+            ms => write!(f, "{ms}ms"),
+        }
+    }
+}
+
+fn split_unit(s: &str) -> (&str, &str) {
+    let s = s.trim();
+    let at = s.find(|c: char| !c.is_ascii_digit()).unwrap_or(s.len());
+    (&s[..at], s[at..].trim())
+}
+
+macro_rules! serde_as_text {
+    ($($t:ty),*) => {$(
+        impl Serialize for $t {
+            fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> { s.collect_str(self) }
+        }
+        impl<'de> Deserialize<'de> for $t {
+            fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+                String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    )*};
+}
+serde_as_text!(ByteSize, Span);
+
+/// librdkafka takes every value as text; TOML may say `linger.ms = 5` or `"5"`.
+fn scalars<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, String>, D::Error> {
+    BTreeMap::<String, toml::Value>::deserialize(d)?
+        .into_iter()
+        .map(|(key, value)| match value {
+            toml::Value::String(s) => Ok((key, s)),
+            toml::Value::Integer(n) => Ok((key, n.to_string())),
+            toml::Value::Float(n) => Ok((key, n.to_string())),
+            toml::Value::Boolean(b) => Ok((key, b.to_string())),
+            other => Err(serde::de::Error::custom(format!(
+                "kafka.\"{key}\" is {}; needed: a quoted librdkafka key with a string, number or boolean",
+                other.type_str()
+            ))),
+        })
+        .collect()
+}
+
+impl Config {
+    /// Reads the file (if any) and the environment over the defaults.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the key, what was found and what is needed.
+    pub fn load(file: Option<&Path>, env: impl IntoIterator<Item = (String, String)>) -> Result<Self> {
+        let mut tree = parse_toml(DEFAULTS, "built-in defaults")?;
+        if let Some(path) = file {
+            let text = std::fs::read_to_string(path).map_err(|e| {
+                refused(format!("{}: {e}", path.display()), "a readable file", "name an existing file with -c")
+            })?;
+            overlay(&mut tree, parse_toml(&text, &path.display().to_string())?);
+        }
+        for (name, value) in env {
+            overlay_env(&mut tree, &name, &value)?;
+        }
+        let config: Self = toml::Value::Table(tree).try_into().map_err(|e: toml::de::Error| {
+            refused(e.message().to_owned(), "the keys and types of config/falaj.toml", "mend the key that is named")
+        })?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The defaults alone.
+    ///
+    /// # Errors
+    /// None in a build that passed its tests.
+    pub fn defaults() -> Result<Self> {
+        Self::load(None, [])
+    }
+
+    /// Topic of a table.
+    pub fn topic(&self, table: &str) -> String {
+        self.kafka.topic(&self.pipeline, table)
+    }
+
+    /// The compacted topic that holds the Kafka sink's position.
+    pub fn checkpoint_topic(&self) -> String {
+        format!("{}.checkpoint", self.pipeline)
+    }
+
+    /// The topic of what the outside system finally refused.
+    pub fn dead_letter_topic(&self) -> String {
+        format!("{}.dead_letter", self.pipeline)
+    }
+
+    /// Settings of a table; `None` for one without an entry.
+    pub fn table(&self, name: &str) -> Option<&Table> {
+        self.tables.iter().find(|t| t.name == name)
+    }
+
+    fn validate(&self) -> Result<()> {
+        let plain = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
+        if !plain(&self.pipeline) {
+            return Err(refused(
+                format!("pipeline = {:?}", self.pipeline),
+                "letters, digits, `_`, `-`, `.` (it becomes part of topic and key names)",
+                "choose another name",
+            ));
+        }
+        if self.produce.sinks.is_empty() {
+            return Err(refused("produce.sinks = []", "kafka, archive or both", "name at least one sink"));
+        }
+        if !self.kafka.topic.contains("{table}") {
+            return Err(refused(
+                format!("kafka.topic = {:?}", self.kafka.topic),
+                "a name that contains {table}: every table has its own topic",
+                "use the default \"{pipeline}.{table}\"",
+            ));
+        }
+        if self.kafka.partitions < 1 || self.kafka.replication_factor < 1 {
+            return Err(refused(
+                format!(
+                    "kafka.partitions = {}, replication_factor = {}",
+                    self.kafka.partitions, self.kafka.replication_factor
+                ),
+                "1 or more",
+                "raise them",
+            ));
+        }
+        if let Some(h) = self.kafka.headers.as_deref().filter(|h| *h != "cloudevents") {
+            return Err(refused(format!("kafka.headers = {h:?}"), "\"cloudevents\", or no such key", "remove the key"));
+        }
+        if self.external.in_flight == 0 {
+            return Err(refused("external.in_flight = 0", "1 or more", "raise it"));
+        }
+        let mut seen = std::collections::BTreeSet::new();
+        match self.tables.iter().find(|t| !seen.insert(&t.name)) {
+            Some(t) => {
+                Err(refused(format!("two [[table]] blocks named {:?}", t.name), "one block a table", "merge the two"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Kafka {
+    /// Topic of `table` in `pipeline`.
+    pub fn topic(&self, pipeline: &str, table: &str) -> String {
+        self.topic.replace("{pipeline}", pipeline).replace("{table}", &crate::archive::encode_topic(table))
+    }
+
+    /// `bootstrap.servers`, for messages.
+    pub fn servers(&self) -> &str {
+        self.client.get("bootstrap.servers").map_or("(bootstrap.servers is not set)", String::as_str)
+    }
+}
+
+fn refused(found: impl Into<String>, needed: &str, fix: &str) -> Error {
+    Error::refused("configuration", found, needed, fix)
+}
+
+fn parse_toml(text: &str, name: &str) -> Result<toml::Table> {
+    text.parse()
+        .map_err(|e: toml::de::Error| refused(format!("{name}: {e}"), "valid TOML", "mend the line that is named"))
+}
+
+/// Sections merge key by key; `[[table]]` blocks of a file replace the default ones as a whole.
+fn overlay(base: &mut toml::Table, over: toml::Table) {
+    for (key, value) in over {
+        match (base.get_mut(&key), value) {
+            (Some(toml::Value::Table(b)), toml::Value::Table(o)) => overlay(b, o),
+            (_, value) => {
+                base.insert(key, value);
+            }
+        }
+    }
+}
+
+/// `FALAJ_SECTION__KEY=value`, and `FALAJ_PIPELINE`. Other `FALAJ_…` names without `__` belong to the tooling.
+fn overlay_env(tree: &mut toml::Table, name: &str, value: &str) -> Result<()> {
+    let Some(path) = name.strip_prefix("FALAJ_") else { return Ok(()) };
+    if path == "PIPELINE" {
+        tree.insert("pipeline".into(), value.into());
+        return Ok(());
+    }
+    let Some((section, key)) = path.split_once("__") else { return Ok(()) };
+    let section = section.to_ascii_lowercase();
+    let mut key = key.to_ascii_lowercase();
+    let known = ["topic", "partitions", "replication_factor", "headers"];
+    if section == "kafka" && !known.contains(&key.as_str()) {
+        key = key.replace('_', ".");
+    }
+    let Some(toml::Value::Table(table)) = tree.get_mut(&section) else {
+        return Err(refused(
+            format!("environment variable {name}"),
+            "FALAJ_SECTION__KEY with a section of config/falaj.toml",
+            "unset it or mend its name",
+        ));
+    };
+    let typed = typed_like(table.get(&key), value).ok_or_else(|| {
+        refused(format!("{name}={value}"), "a value of the same type as in config/falaj.toml", "mend the value")
+    })?;
+    table.insert(key, typed);
+    Ok(())
+}
+
+/// Environment values are text; the default that stands at the same key says which type is meant.
+fn typed_like(default: Option<&toml::Value>, text: &str) -> Option<toml::Value> {
+    Some(match default {
+        Some(toml::Value::Integer(_)) => text.parse::<i64>().ok()?.into(),
+        Some(toml::Value::Boolean(_)) => text.parse::<bool>().ok()?.into(),
+        Some(toml::Value::Array(_)) => text
+            .trim_matches(|c| c == '[' || c == ']')
+            .split(',')
+            .map(|s| s.trim().trim_matches('"').to_owned())
+            .filter(|s| !s.is_empty())
+            .collect::<Vec<_>>()
+            .into(),
+        _ => text.into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn env(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect()
+    }
+
+    #[test]
+    fn defaults_are_the_contract() {
+        let c = Config::defaults().unwrap();
+        assert_eq!(c.topic("engagement_events"), "falaj.engagement_events");
+        assert_eq!(c.kafka.servers(), "127.0.0.1:9092");
+        assert_eq!(c.archive.seal_bytes, ByteSize(64 << 20));
+        assert_eq!(c.tables[0].derive[1].divide[1], Operand::Column("length_seconds".into()));
+        assert_eq!(c.bigquery.project, None);
+    }
+
+    #[test]
+    fn environment_wins_over_file_and_keeps_types() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f.toml");
+        std::fs::write(&file, "pipeline = \"a\"\n[kafka]\n\"linger.ms\" = 7\npartitions = 5\n").unwrap();
+        let e = env(&[
+            ("FALAJ_PIPELINE", "b"),
+            ("FALAJ_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1"),
+            ("FALAJ_KAFKA__REPLICATION_FACTOR", "3"),
+            ("FALAJ_PRODUCE__SINKS", "kafka"),
+            ("FALAJ_STACK_DIR", "ignored"),
+        ]);
+        let c = Config::load(Some(&file), e).unwrap();
+        assert_eq!((c.pipeline.as_str(), c.kafka.partitions, c.kafka.replication_factor), ("b", 5, 3));
+        assert_eq!(c.kafka.client["linger.ms"], "7");
+        assert_eq!(c.kafka.client["bootstrap.servers"], "127.0.0.1:1");
+        assert_eq!(c.produce.sinks, [SinkName::Kafka]);
+    }
+
+    #[test]
+    fn unknown_keys_and_bad_values_are_refused_with_78() {
+        for e in [
+            ("FALAJ_POSTGRES__SLOTT", "x"),
+            ("FALAJ_NOWHERE__KEY", "x"),
+            ("FALAJ_ARCHIVE__SEAL_BYTES", "many"),
+            ("FALAJ_ARCHIVE__SEAL_AFTER", "60"),
+            ("FALAJ_KAFKA__PARTITIONS", "0"),
+            ("FALAJ_PRODUCE__SINKS", "kafka,nowhere"),
+            ("FALAJ_PIPELINE", "a b"),
+        ] {
+            let got = Config::load(None, env(&[e])).unwrap_err();
+            assert_eq!(got.exit_code(), 78, "{e:?}: {got}");
+        }
+    }
+
+    #[test]
+    fn sizes_and_spans_print_as_they_read() {
+        for s in ["64MiB", "1KiB", "17B"] {
+            assert_eq!(s.parse::<ByteSize>().unwrap().to_string(), s);
+        }
+        assert_eq!("1m".parse::<Span>().unwrap().to_string(), "60s");
+        assert_eq!("15ms".parse::<Span>().unwrap().to_string(), "15ms");
+    }
+}

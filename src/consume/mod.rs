@@ -1,0 +1,1 @@
+//! Kafka → Redis board, Kafka → outside HTTP system.

@@ -1,0 +1,101 @@
+//! What every Kafka client of falaj shares: configuration, error classes, metadata, topics.
+
+use std::time::Duration;
+
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::error::KafkaError;
+use rdkafka::types::RDKafkaErrorCode;
+
+use crate::config::Kafka;
+use crate::error::{Error, Result};
+
+/// How long a metadata or admin request may take.
+pub const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A client configuration with the user's librdkafka keys. Roles set their own keys *after* this: a promise is not configurable.
+pub fn client(config: &Kafka) -> ClientConfig {
+    let mut client = ClientConfig::new();
+    client.set("client.id", "falaj");
+    for (key, value) in &config.client {
+        client.set(key, value);
+    }
+    client
+}
+
+/// An admin client.
+///
+/// # Errors
+/// [`Error::Refused`] for a librdkafka key or value that does not exist.
+pub fn admin(config: &Kafka) -> Result<AdminClient<DefaultClientContext>> {
+    client(config).create().map_err(|e| error(config, &e))
+}
+
+/// Sorts a librdkafka error: refused (rights, password, unknown key), or unreachable for now.
+pub fn error(config: &Kafka, e: &KafkaError) -> Error {
+    use RDKafkaErrorCode as Code;
+    if let KafkaError::ClientConfig(_, why, key, value) = e {
+        return Error::refused(
+            "kafka_config",
+            format!("kafka.\"{key}\" = \"{value}\": {why}"),
+            "a key and value that librdkafka knows",
+            "mend [kafka] in the configuration",
+        );
+    }
+    match e.rdkafka_error_code() {
+        Some(
+            Code::TopicAuthorizationFailed
+            | Code::GroupAuthorizationFailed
+            | Code::ClusterAuthorizationFailed
+            | Code::TransactionalIdAuthorizationFailed
+            | Code::SaslAuthenticationFailed
+            | Code::Authentication,
+        ) => Error::refused(
+            "kafka_rights",
+            e.to_string(),
+            "an account that may read, write and use transactions",
+            "mend sasl.* under [kafka], or grant the rights (docs/guarantees.md)",
+        ),
+        Some(Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch) => Error::Fenced(e.to_string()),
+        _ => Error::unreachable(format!("Kafka at {}", config.servers()), e),
+    }
+}
+
+/// Creates topics that are absent. `configs` are topic settings such as `("cleanup.policy", "compact")`.
+///
+/// # Errors
+/// [`Error::Unreachable`] or [`Error::Refused`]; a topic that exists is no error.
+pub async fn create_topic(config: &Kafka, name: &str, partitions: i32, configs: &[(&str, &str)]) -> Result<()> {
+    let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(config.replication_factor));
+    for (key, value) in configs {
+        topic = topic.set(key, value);
+    }
+    let options = AdminOptions::new().operation_timeout(Some(TIMEOUT)).request_timeout(Some(TIMEOUT));
+    let answers = admin(config)?.create_topics([&topic], &options).await.map_err(|e| error(config, &e))?;
+    for answer in answers {
+        match answer {
+            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+            Err((topic, code)) => {
+                return Err(Error::refused(
+                    "kafka_topics",
+                    format!("creating {topic}: {code}"),
+                    "the right to create topics, and a replication factor that the cluster can hold",
+                    "mend kafka.replication_factor, or create the topic by hand",
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Partition count of a topic; `None` when it does not exist. Blocking: call it from a blocking thread.
+///
+/// # Errors
+/// [`Error::Unreachable`] when no broker answers within [`TIMEOUT`].
+pub fn partitions(config: &Kafka, topic: &str) -> Result<Option<usize>> {
+    let admin = admin(config)?;
+    let metadata = admin.inner().fetch_metadata(Some(topic), TIMEOUT).map_err(|e| error(config, &e))?;
+    let found = metadata.topics().iter().find(|t| t.name() == topic);
+    Ok(found.filter(|t| t.error().is_none() && !t.partitions().is_empty()).map(|t| t.partitions().len()))
+}

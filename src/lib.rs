@@ -1,0 +1,17 @@
+//! falaj streams Postgres changes, exactly once, to Kafka, Parquet/BigQuery, Redis and HTTP, from one LSN.
+//!
+//! Modules in the order a change meets them.
+
+pub mod archive; //     names of batches and files
+pub mod error; //       what can go wrong, by what is done about it
+pub mod lsn; //         places in the WAL
+
+pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
+pub mod generate; //    seeded load
+pub mod mock_external; // the simulated outside system
+pub mod upload; //      archive → BigQuery
+
+pub mod cli; //         the command line
+pub mod config; //      defaults < file < environment < flags
+pub mod kafka; //       what every Kafka client shares
+pub mod world; //       what main injects; the one retry policy

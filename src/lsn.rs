@@ -1,0 +1,155 @@
+//! Places in the write-ahead log: [`Lsn`], [`Position`], [`Checkpoint`], [`SlotIdentity`].
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// A byte address in the write-ahead log, written by Postgres as `16/B374D848`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Lsn(pub u64);
+
+impl fmt::Display for Lsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:X}/{:X}", self.0 >> 32, self.0 as u32)
+    }
+}
+
+impl fmt::Debug for Lsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Lsn {
+    type Err = String;
+
+    /// Parses `X/Y` with one to eight hexadecimal digits on each side, as `pg_lsn` does.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("`{text}` is not an LSN; needed: two hexadecimal numbers as in 16/B374D848");
+        let (high, low) = text.split_once('/').ok_or_else(bad)?;
+        let half = |s: &str| {
+            let plain = (1..=8).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_hexdigit());
+            if plain { u32::from_str_radix(s, 16).ok() } else { None }
+        };
+        match (half(high), half(low)) {
+            (Some(h), Some(l)) => Ok(Self((u64::from(h) << 32) | u64::from(l))),
+            _ => Err(bad()),
+        }
+    }
+}
+
+impl Serialize for Lsn {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Lsn {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// The identity of one row change: its transaction's commit LSN, and its number within that transaction.
+///
+/// Commits are decoded in commit order, so positions grow along the stream; a row's own change LSN does not.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Position {
+    /// LSN of the commit record (`final_lsn` of Begin).
+    pub commit_lsn: Lsn,
+    /// 0 for the first row message of the transaction, counted before any filter.
+    pub ordinal: u64,
+}
+
+impl Position {
+    /// The event's `_id`: fixed width, so that it sorts as text.
+    pub fn event_id(self) -> String {
+        format!("{:016X}:{:010}", self.commit_lsn.0, self.ordinal)
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}#{}", self.commit_lsn, self.ordinal)
+    }
+}
+
+impl fmt::Debug for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// How far something (a sink, the lookup state) has got.
+///
+/// Everything committed below `resume` is in; of the transaction at `partial`, the rows up to that ordinal are in as well.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// `end_lsn` of the last whole transaction, or an idle position: where replication resumes.
+    pub resume: Lsn,
+    /// Set only while a transaction larger than one batch is half in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partial: Option<Position>,
+}
+
+impl Checkpoint {
+    /// At a transaction boundary.
+    pub fn whole(resume: Lsn) -> Self {
+        Self { resume, partial: None }
+    }
+
+    /// Whether the change at `at` is already in.
+    pub fn has(&self, at: Position) -> bool {
+        at.commit_lsn < self.resume || self.partial.is_some_and(|p| at <= p)
+    }
+}
+
+/// Which stream an LSN belongs to: numbers of another cluster, timeline or slot mean nothing here.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SlotIdentity {
+    /// `systemid` of IDENTIFY_SYSTEM.
+    pub system_id: String,
+    /// `timeline` of IDENTIFY_SYSTEM.
+    pub timeline: u32,
+    /// Name of the replication slot.
+    pub slot: String,
+}
+
+impl fmt::Display for SlotIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "system {}, timeline {}, slot \"{}\"", self.system_id, self.timeline, self.slot)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lsn_reads_what_postgres_writes() {
+        let lsn: Lsn = "16/B374D848".parse().unwrap();
+        assert_eq!((lsn.0, lsn.to_string()), (0x16_B374_D848, "16/B374D848".to_owned()));
+        for bad in ["", "16", "/1", "1/", "1/+2", "1/123456789", "x/1", "1/2/3"] {
+            assert!(bad.parse::<Lsn>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn event_ids_sort_as_their_positions() {
+        let at = |l, o| Position { commit_lsn: Lsn(l), ordinal: o };
+        let mut ids = [at(0x1_0000_0000, 0), at(0xFF, 10), at(0xFF, 9)].map(Position::event_id);
+        ids.sort();
+        assert_eq!(ids[0], "00000000000000FF:0000000009");
+        assert_eq!(ids[2], "0000000100000000:0000000000");
+    }
+
+    #[test]
+    fn a_partial_checkpoint_has_the_first_rows_of_its_transaction_only() {
+        let at = |l, o| Position { commit_lsn: Lsn(l), ordinal: o };
+        let c = Checkpoint { resume: Lsn(100), partial: Some(at(150, 3)) };
+        assert!(c.has(at(99, 7)) && c.has(at(150, 3)));
+        assert!(!c.has(at(150, 4)) && !c.has(at(151, 0)));
+        assert!(!Checkpoint::whole(Lsn(100)).has(at(100, 0)));
+    }
+}

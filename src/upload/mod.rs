@@ -1,0 +1,1 @@
+//! Sealed Parquet batches → BigQuery load jobs.

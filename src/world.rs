@@ -1,0 +1,127 @@
+//! What `main` injects into a role: configuration, the shutdown token, health; and the one retry policy.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// How long a server may stay unreachable at the start before the verb gives up with exit code 69.
+pub const START_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Everything a role gets from outside.
+#[derive(Clone)]
+pub struct World {
+    /// The whole configuration, parsed and checked.
+    pub config: Arc<Config>,
+    /// Cancelled by the first SIGTERM or SIGINT: drain and return `Ok`.
+    pub stop: CancellationToken,
+    /// What /readyz answers from.
+    pub health: Health,
+}
+
+/// Named checks, each passing or failing with a reason. Cheap to clone; all clones share one state.
+#[derive(Clone, Default)]
+pub struct Health(Arc<Mutex<BTreeMap<&'static str, Option<String>>>>);
+
+impl Health {
+    /// The check passes.
+    pub fn ok(&self, check: &'static str) {
+        self.set(check, None);
+    }
+
+    /// The check fails; the process is not ready meanwhile.
+    pub fn failing(&self, check: &'static str, why: impl ToString) {
+        self.set(check, Some(why.to_string()));
+    }
+
+    /// Every check with its reason for failing, `None` where it passes.
+    pub fn report(&self) -> BTreeMap<&'static str, Option<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, check: &'static str, state: Option<String>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(check, state);
+    }
+}
+
+/// The one retry policy: 100 ms doubling to 5 s, with jitter, without end.
+pub fn backoff() -> ExponentialBackoff {
+    ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(100))
+        .with_max_delay(Duration::from_secs(5))
+        .with_jitter()
+        .without_max_times()
+        .build()
+}
+
+impl World {
+    /// Tries `op` until it succeeds, fails for good, or [`START_PATIENCE`] is over. For the first contact with a server.
+    ///
+    /// # Errors
+    /// The last error of `op`; a shutdown meanwhile gives that error too.
+    pub async fn at_start<T, F: Future<Output = Result<T>>>(
+        &self,
+        check: &'static str,
+        op: impl FnMut() -> F,
+    ) -> Result<T> {
+        self.retry(check, Some(Instant::now() + START_PATIENCE), op).await
+    }
+
+    /// Tries `op` until it succeeds or fails for good. For outages of a server that was there before.
+    ///
+    /// # Errors
+    /// An error of `op` that is not transient; the last one when a shutdown comes meanwhile.
+    pub async fn for_ever<T, F: Future<Output = Result<T>>>(
+        &self,
+        check: &'static str,
+        op: impl FnMut() -> F,
+    ) -> Result<T> {
+        self.retry(check, None, op).await
+    }
+
+    async fn retry<T, F: Future<Output = Result<T>>>(
+        &self,
+        check: &'static str,
+        until: Option<Instant>,
+        mut op: impl FnMut() -> F,
+    ) -> Result<T> {
+        let mut delays = backoff();
+        loop {
+            let error = match op().await {
+                Ok(value) => {
+                    self.health.ok(check);
+                    return Ok(value);
+                }
+                Err(error) => error,
+            };
+            self.health.failing(check, &error);
+            let delay = delays.next().unwrap_or(Duration::from_secs(5));
+            if !error.is_transient() || until.is_some_and(|t| Instant::now() + delay > t) {
+                return Err(error);
+            }
+            warn!(%error, ?delay, "trying again");
+            if self.pause(delay).await.is_err() {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Waits, but not past a shutdown.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] when the shutdown came first.
+    pub async fn pause(&self, delay: Duration) -> Result<()> {
+        tokio::select! {
+            () = tokio::time::sleep(delay) => Ok(()),
+            () = self.stop.cancelled() => Err(Error::Fatal("shut down while waiting".into())),
+        }
+    }
+}
