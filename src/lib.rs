@@ -5,6 +5,9 @@
 pub mod archive; //     names of batches and files
 pub mod error; //       what can go wrong, by what is done about it
 pub mod lsn; //         places in the WAL
+pub mod schema; //      relations and types
+
+pub mod enrich; //      the lookup fold, derived columns
 
 pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
 pub mod generate; //    seeded load

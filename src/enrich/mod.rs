@@ -1,0 +1,3 @@
+//! The lookup fold and derived columns.
+
+pub mod state;
