@@ -7,6 +7,8 @@ pub mod error; //       what can go wrong, by what is done about it
 pub mod lsn; //         places in the WAL
 pub mod schema; //      relations and types
 
+pub mod pgoutput; //    bytes → Message: pure, total
+
 pub mod enrich; //      the lookup fold, derived columns
 
 pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
