@@ -8,8 +8,11 @@ pub mod lsn; //         places in the WAL
 pub mod schema; //      relations and types
 
 pub mod pgoutput; //    bytes → Message: pure, total
+pub mod value; //       one cell, to the forms the sinks need
 
+pub mod change; //      numbered changes
 pub mod enrich; //      the lookup fold, derived columns
+pub mod event; //       one event and its bytes
 
 pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
 pub mod generate; //    seeded load
