@@ -8,6 +8,7 @@ pub mod lsn; //         places in the WAL
 pub mod schema; //      relations and types
 
 pub mod pgoutput; //    bytes → Message: pure, total
+pub mod source; //      Postgres: SQL and replication connections
 pub mod value; //       one cell, to the forms the sinks need
 
 pub mod change; //      numbered changes
