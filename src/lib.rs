@@ -13,6 +13,7 @@ pub mod value; //       one cell, to the forms the sinks need
 pub mod change; //      numbered changes
 pub mod enrich; //      the lookup fold, derived columns
 pub mod event; //       one event and its bytes
+pub mod sink; //        outlets of produce
 
 pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
 pub mod generate; //    seeded load
