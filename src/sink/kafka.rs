@@ -18,7 +18,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use serde::{Deserialize, Serialize};
 
 use super::worker::{Next, Order, Orders, Worker};
-use super::{Durable, Opened, Sink};
+use super::{Opened, Sink, Stored};
 use crate::change::Op;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
@@ -73,7 +73,7 @@ struct Record {
 pub struct KafkaSink {
     config: Arc<Config>,
     worker: Worker<Piece>,
-    start: Option<Checkpoint>,
+    start: Checkpoint,
     topics: Arc<Vec<String>>,
     known: BTreeSet<String>,
     bytes: Vec<u8>,
@@ -93,7 +93,7 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity) -> Result<Opened
         Ok((producer, position))
     });
     let (producer, position) = blocking.await.map_err(|e| Error::fatal("opening the Kafka sink", e))??;
-    // A sink without a position is told where to start by the first mark; nothing is durable before that.
+    // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
     let committer = Committer {
         producer,
@@ -106,19 +106,19 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity) -> Result<Opened
     };
     let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
     let (topics, known, bytes, records) = Default::default();
-    let sink = Box::new(KafkaSink { config, worker, start: position, topics, known, bytes, records });
-    Ok(Opened { sink, position })
+    let sink = Box::new(KafkaSink { config, worker, start, topics, known, bytes, records });
+    Ok(Opened { sink, position: position.map(Stored) })
 }
 
 /// Reads the sink's position without taking it over: for a run that leaves this sink out, and for `status`.
 ///
 /// # Errors
 /// As [`open`].
-pub async fn peek(config: Arc<Config>, identity: &SlotIdentity) -> Result<Option<Checkpoint>> {
+pub async fn peek(config: Arc<Config>, identity: &SlotIdentity) -> Result<Option<Stored>> {
     let id = identity.clone();
     tokio::task::spawn_blocking(move || {
         require_topic(&config, &config.checkpoint_topic())?;
-        read_position(&config, &id)
+        Ok(read_position(&config, &id)?.map(Stored))
     })
     .await
     .map_err(|e| Error::fatal("reading the Kafka sink's position", e))?
@@ -146,7 +146,7 @@ impl Sink for KafkaSink {
     }
 
     fn push(&mut self, event: &Event<'_>) -> Result<()> {
-        if self.start.is_some_and(|start| start.has(event.at)) {
+        if self.start.has(event.at) {
             return Ok(());
         }
         let failed = |e| Error::fatal(format_args!("event {} of table {}", event.at, event.layout.table), e);
@@ -166,6 +166,7 @@ impl Sink for KafkaSink {
     }
 
     async fn mark(&mut self, checkpoint: Checkpoint) -> Result<()> {
+        let checkpoint = checkpoint.max(self.start);
         let whole = checkpoint.partial.is_none();
         if self.records.is_empty() || (!whole && self.bytes.len() < PIECE) {
             return Ok(());
@@ -174,11 +175,16 @@ impl Sink for KafkaSink {
     }
 
     async fn flush(&mut self, checkpoint: Checkpoint) -> Result<()> {
+        let checkpoint = checkpoint.max(self.start);
         self.hand_over(checkpoint, true).await
     }
 
-    fn durable(&self) -> Durable {
-        self.worker.durable()
+    fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    fn stored(&self) -> Stored {
+        self.worker.stored()
     }
 
     async fn moved(&mut self) -> Result<()> {

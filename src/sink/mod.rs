@@ -23,9 +23,25 @@ impl Durable {
         self.0
     }
 
-    /// What a configured sink that is left out of this run has: it holds the acknowledgement back all the same.
-    pub(crate) fn of_stored(checkpoint: Checkpoint) -> Self {
-        Self(checkpoint.resume)
+    /// The lowest of what several sinks have stored. `None` without a sink.
+    pub fn lowest(stored: impl IntoIterator<Item = Stored>) -> Option<Self> {
+        stored.into_iter().map(|s| Self(s.0.resume)).min()
+    }
+}
+
+/// A position that a sink has durably, together with everything before it. Only a sink can make one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored(Checkpoint);
+
+impl Stored {
+    /// The position.
+    pub fn checkpoint(self) -> Checkpoint {
+        self.0
+    }
+
+    #[cfg(test)]
+    pub(crate) fn for_test(lsn: u64) -> Self {
+        Self(Checkpoint::whole(Lsn(lsn)))
     }
 }
 
@@ -51,10 +67,13 @@ pub trait Sink: Send {
     /// Like [`Sink::mark`], and makes all of it durable now, even if it is nothing but the position.
     async fn flush(&mut self, checkpoint: Checkpoint) -> Result<()>;
 
-    /// What is durable now.
-    fn durable(&self) -> Durable;
+    /// Whether nothing has been pushed since the last commit or seal was ordered.
+    fn is_empty(&self) -> bool;
 
-    /// Waits until [`Sink::durable`] has moved.
+    /// What is durable now.
+    fn stored(&self) -> Stored;
+
+    /// Waits until [`Sink::stored`] has moved.
     ///
     /// # Errors
     /// Why the sink has failed.
@@ -69,5 +88,5 @@ pub struct Opened {
     /// The sink.
     pub sink: Box<dyn Sink>,
     /// Its own position.
-    pub position: Option<Checkpoint>,
+    pub position: Option<Stored>,
 }

@@ -19,7 +19,7 @@ use parquet::schema::types::ColumnPath;
 
 use super::columns::Rows;
 use super::worker::{Next, Orders, Worker};
-use super::{Durable, Opened, Sink};
+use super::{Opened, Sink, Stored};
 use crate::archive::{self, Batch, IdlePosition};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -42,7 +42,7 @@ enum Todo {
 /// The loop's side of the sink.
 pub struct ParquetSink {
     worker: Worker<Todo>,
-    start: Option<Checkpoint>,
+    start: Checkpoint,
     seal_bytes: usize,
     seal_after: std::time::Duration,
     encoded: Encoded,
@@ -67,7 +67,7 @@ struct Open {
 pub fn open(config: &Config, identity: &SlotIdentity) -> Result<Opened> {
     let dir = config.archive.dir.clone();
     let work = take_over(&dir).map_err(|e| not_writable(&dir, &e))?;
-    let position = peek(config, identity)?;
+    let position = position(config, identity)?;
     let encoded = Encoded::default();
     let writer = Writer {
         dir,
@@ -78,20 +78,24 @@ pub fn open(config: &Config, identity: &SlotIdentity) -> Result<Opened> {
         files: Vec::new(),
         batches: 0,
     };
+    // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
     let worker = Worker::spawn("archive", config.produce.queue_bytes.0, start, move |orders| writer.run(&orders))?;
     let (seal_bytes, seal_after) = (config.archive.seal_bytes.0, config.archive.seal_after.0);
     let (batch, tables, full, open) = Default::default();
-    let sink =
-        Box::new(ParquetSink { worker, start: position, seal_bytes, seal_after, encoded, batch, tables, full, open });
-    Ok(Opened { sink, position })
+    let sink = Box::new(ParquetSink { worker, start, seal_bytes, seal_after, encoded, batch, tables, full, open });
+    Ok(Opened { sink, position: position.map(Stored) })
 }
 
 /// Reads the archive's position without taking it over.
 ///
 /// # Errors
 /// [`Error::Refused`] for an archive of another stream or with an unreadable last batch.
-pub fn peek(config: &Config, identity: &SlotIdentity) -> Result<Option<Checkpoint>> {
+pub fn peek(config: &Config, identity: &SlotIdentity) -> Result<Option<Stored>> {
+    Ok(position(config, identity)?.map(Stored))
+}
+
+fn position(config: &Config, identity: &SlotIdentity) -> Result<Option<Checkpoint>> {
     let dir = &config.archive.dir;
     let last = archive::list(dir)?.pop().map(|batch| batch_position(&batch, identity)).transpose()?;
     let idle = idle_position(dir, identity)?;
@@ -128,7 +132,7 @@ impl Sink for ParquetSink {
     }
 
     fn push(&mut self, event: &Event<'_>) -> Result<()> {
-        if self.start.is_some_and(|start| start.has(event.at)) {
+        if self.start.has(event.at) {
             return Ok(());
         }
         let Some((layout, rows)) = self.tables.get_mut(event.layout.generation as usize).and_then(Option::as_mut)
@@ -147,6 +151,7 @@ impl Sink for ParquetSink {
     }
 
     async fn mark(&mut self, checkpoint: Checkpoint) -> Result<()> {
+        let checkpoint = checkpoint.max(self.start);
         self.hand_over().await?;
         let Some(open) = &self.open else { return Ok(()) };
         let old = checkpoint.partial.is_none() && open.since.elapsed() >= self.seal_after;
@@ -157,6 +162,7 @@ impl Sink for ParquetSink {
     }
 
     async fn flush(&mut self, checkpoint: Checkpoint) -> Result<()> {
+        let checkpoint = checkpoint.max(self.start);
         for (layout, rows) in self.tables.iter_mut().flatten() {
             if !rows.is_empty() {
                 self.full.push((Arc::clone(layout), rows.take()?));
@@ -173,8 +179,12 @@ impl Sink for ParquetSink {
         self.worker.send(todo, 1).await
     }
 
-    fn durable(&self) -> Durable {
-        self.worker.durable()
+    fn is_empty(&self) -> bool {
+        self.open.is_none()
+    }
+
+    fn stored(&self) -> Stored {
+        self.worker.stored()
     }
 
     async fn moved(&mut self) -> Result<()> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::Durable;
+use super::Stored;
 use crate::error::{Error, Result};
 use crate::lsn::Checkpoint;
 
@@ -75,8 +75,8 @@ impl<T: Send + 'static> Worker<T> {
         if sent { Ok(()) } else { Err(self.failure().await) }
     }
 
-    pub(super) fn durable(&self) -> Durable {
-        Durable(self.durable.borrow().resume)
+    pub(super) fn stored(&self) -> Stored {
+        Stored(*self.durable.borrow())
     }
 
     pub(super) async fn moved(&mut self) -> Result<()> {
