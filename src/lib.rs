@@ -19,6 +19,7 @@ pub mod sink; //        outlets of produce
 pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
 pub mod generate; //    seeded load
 pub mod mock_external; // the simulated outside system
+pub mod produce; //     slot → sinks: the one loop
 pub mod upload; //      archive → BigQuery
 
 pub mod cli; //         the command line
