@@ -2,6 +2,8 @@
 //!
 //! The body holds nothing of the clock or the process, so the same change gives the same bytes whenever it is sent.
 
+use std::sync::Arc;
+
 use smallvec::SmallVec;
 
 use crate::change::Op;
@@ -64,7 +66,7 @@ pub struct Event<'a> {
     /// What happened.
     pub op: Op,
     /// How it looks.
-    pub layout: &'a Layout,
+    pub layout: &'a Arc<Layout>,
     /// Source, lookup and derived columns; empty for a truncate.
     pub cells: Cells<'a>,
     /// The old row or key, where an update changed the primary key.
@@ -86,10 +88,9 @@ impl Event<'_> {
             }
         }
         self.write_identity(out);
-        if let Some(old) = &self.old_key {
-            out.extend_from_slice(b",\"_old_key\":{");
-            self.write_columns(old, &self.layout.primary_key, out)?;
-            out.push(b'}');
+        if self.old_key.is_some() {
+            out.extend_from_slice(b",\"_old_key\":");
+            self.write_old_key(out)?;
         }
         if self.has_unchanged() {
             out.extend_from_slice(b",\"_unchanged\":");
@@ -173,16 +174,20 @@ impl Event<'_> {
         Ok(())
     }
 
-    fn write_columns(&self, cells: &[Cell<'_>], which: &[usize], out: &mut Vec<u8>) -> Converted<()> {
-        for (i, column) in which.iter().enumerate() {
-            if i > 0 {
-                out.push(b',');
-            }
-            let column_out = &self.layout.columns[*column];
-            out.extend_from_slice(&column_out.label);
-            write_json(column_out.ty, cells[*column], out)?;
+    /// Appends the old primary key as a JSON object, where an update changed it.
+    ///
+    /// # Errors
+    /// [`BadValue`] when a cell is not of its column's type.
+    pub fn write_old_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
+        let Some(old) = &self.old_key else { return Ok(false) };
+        for (i, at) in self.layout.primary_key.iter().enumerate() {
+            out.push(if i == 0 { b'{' } else { b',' });
+            let column = &self.layout.columns[*at];
+            out.extend_from_slice(&column.label);
+            write_json(column.ty, old[*at], out)?;
         }
-        Ok(())
+        out.push(b'}');
+        Ok(true)
     }
 }
 
@@ -214,7 +219,11 @@ mod tests {
     use crate::lsn::Lsn;
     use crate::schema::Column;
 
-    fn layout() -> Layout {
+    fn layout() -> Arc<Layout> {
+        Arc::new(bare())
+    }
+
+    fn bare() -> Layout {
         let column = |name: &str, type_oid, identity| Column { name: name.into(), type_oid, type_mod: -1, identity };
         let columns = vec![column("id", 20, true), column("content_id", 2950, false), column("note", 25, false)];
         Layout {
@@ -234,7 +243,7 @@ mod tests {
         }
     }
 
-    fn event<'a>(layout: &'a Layout, op: Op, cells: &[Cell<'a>]) -> Event<'a> {
+    fn event<'a>(layout: &'a Arc<Layout>, op: Op, cells: &[Cell<'a>]) -> Event<'a> {
         let at = Position { commit_lsn: Lsn(0x16_B374_D848), ordinal: 3 };
         Event { at, commit_ts: 946_684_800_000_000, op, layout, cells: cells.into(), old_key: None }
     }
@@ -275,10 +284,10 @@ mod tests {
 
     #[test]
     fn without_any_key_the_event_id_is_the_record_key() {
-        let l = Layout { primary_key: vec![], key: None, ..layout() };
+        let l = Arc::new(Layout { primary_key: vec![], key: None, ..bare() });
         let e = event(&l, Op::Create, &[Cell::Text(b"7"), Cell::Null, Cell::Null]);
         assert_eq!(key(&e).as_deref(), Some("00000016B374D848:0000000003"));
-        let l = Layout { primary_key: vec![0, 2], key: None, ..layout() };
+        let l = Arc::new(Layout { primary_key: vec![0, 2], key: None, ..bare() });
         let e = event(&l, Op::Create, &[Cell::Text(b"7"), Cell::Null, Cell::Text(b"a\"b")]);
         assert_eq!(key(&e).as_deref(), Some(r#"["7","a\"b"]"#));
     }
