@@ -7,8 +7,8 @@ pub mod error; //       what can go wrong, by what is done about it
 pub mod lsn; //         places in the WAL
 pub mod schema; //      relations and types
 
-pub mod source; //      Postgres: connections, the slot, the stream, the catalogue
 pub mod pgoutput; //    bytes → Message: pure, total
+pub mod source; //      Postgres: connections, the slot, the stream, the catalogue
 pub mod value; //       one cell, to the forms the sinks need
 
 pub mod change; //      numbered changes
