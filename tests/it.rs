@@ -1,1 +1,3 @@
-fn main() {}
+//! Tests against real servers: `dev/stack up`, `eval "$(dev/stack env)"`, then `cargo test`.
+
+mod setup;
