@@ -5,10 +5,10 @@
 pub mod archive; //     names of batches and files
 pub mod error; //       what can go wrong, by what is done about it
 pub mod lsn; //         places in the WAL
-pub mod schema;
-pub mod source; //      Postgres: the slot, the stream, the catalogue //      relations and types
+pub mod schema; //      relations and types
 
 pub mod pgoutput; //    bytes → Message: pure, total
+pub mod source; //      Postgres: the slot, the stream, the catalogue
 pub mod value; //       one cell, to the forms the sinks need
 
 pub mod change; //      numbered changes
