@@ -1,0 +1,267 @@
+//! The consumer group `{pipeline}.external`: assignment, offsets, the end of the topic.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rdkafka::client::ClientContext;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance, StreamConsumer};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::message::BorrowedMessage;
+use rdkafka::{Offset, TopicPartitionList};
+use tracing::{debug, info, warn};
+
+use super::ledger::Ledger;
+use crate::error::{Error, Result};
+use crate::kafka::{self, TIMEOUT};
+use crate::world::World;
+
+/// How long the last commit and leaving the group may take at a shutdown.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What the read loop sees next.
+pub enum Next<'a> {
+    /// A record.
+    Message(BorrowedMessage<'a>),
+    /// A partition has nothing more to read at this moment.
+    End(i32),
+    /// Kafka is not there at the moment; librdkafka goes on trying.
+    Trouble(String),
+}
+
+/// This process's membership in the group. The [`Ledger`] is changed by rebalances, so that both share it.
+pub struct Group {
+    consumer: Arc<StreamConsumer<Context>>,
+    ledger: SharedLedger,
+    topic: String,
+    config: crate::config::Kafka,
+}
+
+/// The ledger, shared with librdkafka's callbacks. They run inside [`Group::next`], on its thread.
+#[derive(Clone, Default)]
+pub struct SharedLedger(Arc<Mutex<Ledger>>);
+
+impl SharedLedger {
+    /// The ledger, locked. Never hold it over an await.
+    pub fn lock(&self) -> MutexGuard<'_, Ledger> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Group {
+    /// Joins the group. Without a committed offset, a partition is read from its beginning.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a topic that does not exist, rights or a bad librdkafka key; [`Error::Unreachable`].
+    pub async fn join(world: &World, table: &str) -> Result<Self> {
+        let config = world.config.kafka.clone();
+        let topic = world.config.topic(table);
+        for name in [topic.clone(), world.config.dead_letter_topic()] {
+            world.at_start("kafka", || require_topic(config.clone(), name.clone())).await?;
+        }
+        let ledger = SharedLedger::default();
+        let mut client = kafka::client(&config);
+        client
+            .set("group.id", format!("{}.external", world.config.pipeline))
+            .set("isolation.level", "read_committed")
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            .set("auto.offset.reset", "earliest")
+            .set("enable.partition.eof", "true")
+            .set("partition.assignment.strategy", "cooperative-sticky")
+            .set("queued.max.messages.kbytes", "4096")
+            .set("fetch.queue.backoff.ms", "10");
+        let context = Context { ledger: ledger.clone(), topic: topic.clone() };
+        let consumer: StreamConsumer<Context> =
+            client.create_with_context(context).map_err(|e| kafka::error(&config, &e))?;
+        consumer.subscribe(&[&topic]).map_err(|e| kafka::error(&config, &e))?;
+        Ok(Self { consumer: Arc::new(consumer), ledger, topic, config })
+    }
+
+    /// The ledger of what this process owns.
+    pub fn ledger(&self) -> &SharedLedger {
+        &self.ledger
+    }
+
+    /// The topic that is read.
+    pub fn topic(&self) -> &str {
+        &self.topic
+    }
+
+    /// The next record or event. Must be called all the time: rebalances are served here. Cancelling it loses nothing.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for missing rights, [`Error::Fatal`] when librdkafka gives the client up.
+    pub async fn next(&self) -> Result<Next<'_>> {
+        match self.consumer.recv().await {
+            Ok(message) => Ok(Next::Message(message)),
+            Err(KafkaError::PartitionEOF(partition)) => Ok(Next::End(partition)),
+            Err(KafkaError::MessageConsumptionFatal(code)) => Err(Error::fatal("reading from Kafka", code)),
+            Err(e) => match kafka::error(&self.config, &e) {
+                Error::Unreachable { why, .. } => Ok(Next::Trouble(why)),
+                refused => Err(refused),
+            },
+        }
+    }
+
+    /// Pauses what is full, resumes what has room again.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`], which librdkafka does not give for partitions that it has assigned.
+    pub fn balance(&self) -> Result<()> {
+        let (full, roomy) = {
+            let mut ledger = self.ledger.lock();
+            (ledger.to_pause(), ledger.to_resume())
+        };
+        let on = |partitions: &[i32], act: &dyn Fn(&TopicPartitionList) -> KafkaResult<()>| match partitions {
+            [] => Ok(()),
+            _ => act(&self.list(partitions)).map_err(|e| kafka::error(&self.config, &e)),
+        };
+        on(&full, &|list| self.consumer.pause(list))?;
+        on(&roomy, &|list| self.consumer.resume(list))
+    }
+
+    /// Commits, without waiting, how far each partition is done.
+    pub fn commit(&self) {
+        let offsets = self.ledger.lock().to_commit();
+        commit(&*self.consumer, &self.topic, &self.ledger, &offsets, CommitMode::Async);
+    }
+
+    /// Commits, waits for the answer, and leaves the group. Kafka being away, that is given up after a short while:
+    /// what is not committed is delivered again, under the same keys.
+    pub async fn leave(self) {
+        let work = tokio::task::spawn_blocking(move || {
+            let offsets = self.ledger.lock().to_commit();
+            commit(&*self.consumer, &self.topic, &self.ledger, &offsets, CommitMode::Sync);
+            drop(self.consumer);
+        });
+        if tokio::time::timeout(FAREWELL, work).await.is_err() {
+            warn!("Kafka did not answer the last commit in time; some events will be delivered again");
+        }
+    }
+
+    /// The last stable offset of every partition: everything below is committed or aborted.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] when no broker answers in time, [`Error::Fatal`] on an internal failure.
+    pub async fn ends(&self) -> Result<BTreeMap<i32, i64>> {
+        let (consumer, config, topic) = (self.consumer.clone(), self.config.clone(), self.topic.clone());
+        blocking(move || {
+            let count = kafka::partitions(&config, &topic)?.unwrap_or_default();
+            let end = |partition| {
+                let (_, high) =
+                    consumer.fetch_watermarks(&topic, partition, TIMEOUT).map_err(|e| kafka::error(&config, &e))?;
+                Ok((partition, high))
+            };
+            (0..i32::try_from(count).unwrap_or(i32::MAX)).map(end).collect()
+        })
+        .await
+    }
+
+    /// What the group has committed for these partitions, whoever owns them.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] when no broker answers in time, [`Error::Fatal`] on an internal failure.
+    pub async fn committed(&self, partitions: &[i32]) -> Result<BTreeMap<i32, i64>> {
+        let (consumer, config, list) = (self.consumer.clone(), self.config.clone(), self.list(partitions));
+        blocking(move || {
+            let found = consumer.committed_offsets(list, TIMEOUT).map_err(|e| kafka::error(&config, &e))?;
+            let offset = |element: rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match element.offset() {
+                Offset::Offset(offset) => Some((element.partition(), offset)),
+                _ => None,
+            };
+            Ok(found.elements().into_iter().filter_map(offset).collect())
+        })
+        .await
+    }
+
+    fn list(&self, partitions: &[i32]) -> TopicPartitionList {
+        let mut list = TopicPartitionList::new();
+        for partition in partitions {
+            list.add_partition(&self.topic, *partition);
+        }
+        list
+    }
+}
+
+/// librdkafka's callbacks.
+struct Context {
+    ledger: SharedLedger,
+    topic: String,
+}
+
+impl ClientContext for Context {}
+
+impl ConsumerContext for Context {
+    fn pre_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        match rebalance {
+            Rebalance::Assign(list) => {
+                let mut ledger = self.ledger.lock();
+                numbers(list).for_each(|partition| ledger.assign(partition));
+                info!(partitions = ?numbers(list).collect::<Vec<_>>(), topic = self.topic, "assigned");
+            }
+            Rebalance::Revoke(list) => self.revoke(consumer, list),
+            Rebalance::Error(error) => warn!(%error, "rebalance"),
+        }
+    }
+
+    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
+        if let Err(error) = result {
+            debug!(%error, "offsets not committed, will be committed again");
+            self.ledger.lock().not_committed(numbers(offsets));
+        }
+    }
+}
+
+impl Context {
+    /// The last chance to commit what is done. librdkafka waits for that commit before it gives the partitions back.
+    /// A partition that is lost already has another owner: nothing may be committed for it.
+    fn revoke(&self, consumer: &BaseConsumer<Self>, list: &TopicPartitionList) {
+        if !consumer.assignment_lost() {
+            let offsets = self.ledger.lock().to_commit();
+            commit(consumer, &self.topic, &self.ledger, &offsets, CommitMode::Async);
+        }
+        let mut ledger = self.ledger.lock();
+        numbers(list).for_each(|partition| ledger.revoke(partition));
+        info!(partitions = ?numbers(list).collect::<Vec<_>>(), topic = self.topic, "revoked");
+    }
+}
+
+fn commit(
+    consumer: &impl Consumer<Context>,
+    topic: &str,
+    ledger: &SharedLedger,
+    offsets: &[(i32, i64)],
+    mode: CommitMode,
+) {
+    if offsets.is_empty() {
+        return;
+    }
+    let list: TopicPartitionList =
+        offsets.iter().map(|&(partition, offset)| ((topic.to_owned(), partition), Offset::Offset(offset))).collect();
+    if let Err(error) = consumer.commit(&list, mode) {
+        debug!(%error, "offsets not committed, will be committed again");
+        ledger.lock().not_committed(offsets.iter().map(|&(partition, _)| partition));
+    }
+}
+
+fn numbers(list: &TopicPartitionList) -> impl Iterator<Item = i32> + use<> {
+    list.elements().into_iter().map(|e| e.partition()).collect::<Vec<_>>().into_iter()
+}
+
+async fn require_topic(config: crate::config::Kafka, topic: String) -> Result<()> {
+    let name = topic.clone();
+    match blocking(move || kafka::partitions(&config, &topic)).await? {
+        Some(_) => Ok(()),
+        None => Err(Error::refused(
+            "kafka_topics",
+            format!("no topic {name}"),
+            "the topics of this pipeline; they are made by init, never by accident",
+            "run: falaj init",
+        )),
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::fatal("asking Kafka", e))?
+}
