@@ -1,1 +1,4 @@
-fn main() {}
+//! Tests against real servers. Their addresses come from the environment: `eval "$(dev/stack env)"`.
+
+mod external;
+mod mock_external;

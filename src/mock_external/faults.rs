@@ -96,6 +96,11 @@ impl Faults {
         self.lock().scripts.entry(key.into()).or_default().extend(faults);
     }
 
+    /// The rest of a key's script is dropped.
+    pub fn forget(&self, key: &str) {
+        self.lock().scripts.remove(key);
+    }
+
     /// Every request meets this fault; `None` ends that.
     pub fn everything(&self, fault: Option<Fault>) {
         self.lock().everything = fault;

@@ -71,6 +71,10 @@ impl Group {
             .set("partition.assignment.strategy", "cooperative-sticky")
             .set("queued.max.messages.kbytes", "4096")
             .set("fetch.queue.backoff.ms", "10");
+        // After a crash the partitions wait so long for their old owner; librdkafka's default is 45 s.
+        if !config.client.contains_key("session.timeout.ms") {
+            client.set("session.timeout.ms", "6000").set("heartbeat.interval.ms", "2000");
+        }
         let context = Context { ledger: ledger.clone(), topic: topic.clone() };
         let consumer: StreamConsumer<Context> =
             client.create_with_context(context).map_err(|e| kafka::error(&config, &e))?;
