@@ -240,6 +240,42 @@ async fn what_is_wrong_at_the_start_is_said_with_its_code() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_address_without_tls_behind_https_is_78() {
+    let mut stage = Stage::new("tls", 1, Faults::default()).await;
+    stage.set("FALAJ_EXTERNAL__URL", &format!("https://{}/events", stage.peer.address));
+    stage.send_events(0..1, 1, 1).await;
+    let (code, log) = stage.consume(&[]).end().await;
+    assert_eq!((code, log.contains("external_tls")), (Some(78), true), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn until_end_ends_also_when_another_instance_has_the_partitions() {
+    let stage = Stage::new("other", 1, Faults::default()).await;
+    stage.send_events(0..20, 4, 1).await;
+    let owner = stage.consume(&[]);
+    stage.peer.has(20).await;
+    stage.consume(&["--until-end"]).ends_well().await;
+    owner.terminate();
+    owner.ends_well().await;
+    assert_eq!(stage.peer.mock.received().counts(), Counts { unique: 20, requests: 20, duplicates: 0, conflicts: 0 });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_kafka_deleted_undelivered_are_not_passed_over_in_silence() {
+    let stage = Stage::new("expired", 1, Faults::default()).await;
+    stage.send_events(0..10, 2, 1).await;
+    stage.consume(&["--until-end"]).ends_well().await;
+    assert_eq!(stage.committed(1).await, [Some(11)]);
+    stage.send_events(10..20, 2, 1).await;
+    stage.delete_records_below(15).await;
+    let process = stage.consume(&[]);
+    stage.peer.has(16).await;
+    process.terminate();
+    let (code, log) = process.end().await;
+    assert_eq!((code, log.contains("deleted records that were not delivered")), (Some(0), true), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nobody_at_the_address_for_thirty_seconds_is_69() {
     let stage = Stage::new("nobody", 1, Faults::default()).await;
     stage.peer.go_away().await;

@@ -49,6 +49,15 @@ const LANES: usize = 16;
 /// [`Error::Refused`] for a bad address or missing topics, [`Error::Unreachable`] when Kafka or the peer does not answer
 /// at the start. Later outages are waited for.
 pub async fn run(world: &World, args: &cli::Consume) -> Result<()> {
+    match start(world, args).await {
+        Ok(outlet) => outlet.run().await,
+        // A shutdown while a server is waited for: nothing has begun.
+        Err(e) if e.is_transient() && world.stop.is_cancelled() => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+async fn start<'a>(world: &'a World, args: &cli::Consume) -> Result<Outlet<'a>> {
     let sender = Sender {
         peer: Peer::new(world)?,
         letters: DeadLetters::new(&world.config.kafka, world.config.dead_letter_topic())?,
@@ -62,8 +71,7 @@ pub async fn run(world: &World, args: &cli::Consume) -> Result<()> {
         false => None,
     };
     info!(topic = group.topic(), url = sender.peer.shown_url(), "delivering");
-    let outlet = Outlet { world, group, sender: Arc::new(sender), tasks: JoinSet::new(), ends };
-    outlet.run().await
+    Ok(Outlet { world, group, sender: Arc::new(sender), tasks: JoinSet::new(), ends })
 }
 
 /// The read loop with everything it holds.
@@ -80,6 +88,7 @@ impl Outlet<'_> {
     async fn run(mut self) -> Result<()> {
         let mut tick = ticks();
         while !self.world.stop.is_cancelled() {
+            self.group.look_for_gaps();
             self.launch();
             self.group.balance()?;
             tokio::select! {
@@ -144,22 +153,16 @@ impl Outlet<'_> {
         Ok(())
     }
 
-    /// Whether all that was there at the start is done: here, or by another member of the group.
+    /// Whether all that was there at the start is done, here or by another member of the group, and Kafka knows.
     async fn at_end(&self) -> Result<bool> {
         let Some(ends) = &self.ends else { return Ok(false) };
-        let mut elsewhere = Vec::new();
-        for (&partition, &end) in ends {
-            match self.group.ledger().lock().is_done_to(partition, end) {
-                Some(true) => {}
-                Some(false) => return Ok(false),
-                None => elsewhere.push(partition),
-            }
+        if ends.iter().any(|(&partition, &end)| self.group.ledger().lock().is_done_to(partition, end) == Some(false)) {
+            return Ok(false);
         }
-        if elsewhere.is_empty() {
-            return Ok(true);
+        match self.group.is_done_to(ends).await {
+            Err(e) if e.is_transient() => Ok(false),
+            answer => answer,
         }
-        let committed = self.world.for_ever("kafka", || self.group.committed(&elsewhere)).await?;
-        Ok(elsewhere.iter().all(|p| committed.get(p).copied().unwrap_or(0) >= ends[p]))
     }
 
     /// Lets requests under way finish, commits, leaves the group.
@@ -206,16 +209,18 @@ impl Sender {
 
     async fn finish(&self, record: &Record) -> Result<bool> {
         let outcome = match (&record.content, &record.body) {
-            (Content::Event { id } | Content::History { id }, Some(body)) => self.peer.deliver(id, body).await,
+            (Content::Event { id } | Content::History { id }, Some(body)) => self.peer.deliver(id, body).await?,
             (Content::Malformed(why), _) => Outcome::Refused(why.clone()),
             (_, None) => Outcome::Refused("a record without a value".into()),
         };
         match outcome {
-            Outcome::Delivered => delivered(record),
-            Outcome::Refused(reason) => return self.bury(record, &reason).await,
-            Outcome::Abandoned => return Ok(false),
+            Outcome::Delivered => {
+                delivered(record);
+                Ok(true)
+            }
+            Outcome::Refused(reason) => self.bury(record, &reason).await,
+            Outcome::Abandoned => Ok(false),
         }
-        Ok(true)
     }
 
     /// Writes the dead letter, however long Kafka may be away.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use falaj::config::Config;
 use falaj::kafka;
 use falaj::mock_external::{Faults, Mock, serve};
+use rdkafka::admin::AdminOptions;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
@@ -129,6 +130,14 @@ impl Stage {
     pub async fn send_events(&self, range: std::ops::Range<u64>, keys: u64, partitions: u64) {
         let record = |n: u64| ((n % keys % partitions) as i32, Some(format!("k{}", n % keys)), event(n, "c"));
         self.send(range.map(record).collect(), true).await;
+    }
+
+    /// What retention does, at once, to partition 0.
+    pub async fn delete_records_below(&self, offset: i64) {
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(&self.topic(), 0, Offset::Offset(offset)).unwrap();
+        let admin = kafka::admin(&self.config.kafka).unwrap();
+        admin.delete_records(&list, &AdminOptions::new()).await.unwrap();
     }
 
     /// What the group has committed, a partition each; `None` where nothing is.

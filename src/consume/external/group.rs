@@ -1,15 +1,17 @@
 //! The consumer group `{pipeline}.external`: assignment, offsets, the end of the topic.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use metrics::counter;
 use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance, StreamConsumer};
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::BorrowedMessage;
-use rdkafka::{Offset, TopicPartitionList};
-use tracing::{debug, info, warn};
+use rdkafka::{Message, Offset, TopicPartitionList};
+use tracing::{debug, error, info, warn};
 
 use super::ledger::Ledger;
 use crate::error::{Error, Result};
@@ -35,6 +37,7 @@ pub struct Group {
     ledger: SharedLedger,
     topic: String,
     config: crate::config::Kafka,
+    looking: Arc<AtomicBool>,
 }
 
 /// The ledger, shared with librdkafka's callbacks. They run inside [`Group::next`], on its thread.
@@ -57,7 +60,7 @@ impl Group {
         let config = world.config.kafka.clone();
         let topic = world.config.topic(table);
         for name in [topic.clone(), world.config.dead_letter_topic()] {
-            world.at_start("kafka", || require_topic(config.clone(), name.clone())).await?;
+            world.at_start("kafka", || require_topic(world, name.clone())).await?;
         }
         let ledger = SharedLedger::default();
         let mut client = kafka::client(&config);
@@ -79,7 +82,7 @@ impl Group {
         let consumer: StreamConsumer<Context> =
             client.create_with_context(context).map_err(|e| kafka::error(&config, &e))?;
         consumer.subscribe(&[&topic]).map_err(|e| kafka::error(&config, &e))?;
-        Ok(Self { consumer: Arc::new(consumer), ledger, topic, config })
+        Ok(Self { consumer: Arc::new(consumer), ledger, topic, config, looking: Arc::default() })
     }
 
     /// The ledger of what this process owns.
@@ -97,6 +100,8 @@ impl Group {
     /// # Errors
     /// [`Error::Refused`] for missing rights, [`Error::Fatal`] when librdkafka gives the client up.
     pub async fn next(&self) -> Result<Next<'_>> {
+        // librdkafka's queue knows nothing of tokio's budget: a full one would keep this thread from everything else.
+        tokio::task::coop::consume_budget().await;
         match self.consumer.recv().await {
             Ok(message) => Ok(Next::Message(message)),
             Err(KafkaError::PartitionEOF(partition)) => Ok(Next::End(partition)),
@@ -115,7 +120,7 @@ impl Group {
     pub fn balance(&self) -> Result<()> {
         let (full, roomy) = {
             let mut ledger = self.ledger.lock();
-            (ledger.to_pause(), ledger.to_resume())
+            (ledger.take_full(), ledger.take_roomy())
         };
         let on = |partitions: &[i32], act: &dyn Fn(&TopicPartitionList) -> KafkaResult<()>| match partitions {
             [] => Ok(()),
@@ -125,9 +130,31 @@ impl Group {
         on(&roomy, &|list| self.consumer.resume(list))
     }
 
+    /// Says, in the background, where Kafka has deleted records before they were delivered: partitions that were just
+    /// taken over and now begin above the committed offset. Reading goes on from where they begin.
+    pub fn look_for_gaps(&self) {
+        let fresh = self.ledger.lock().take_fresh();
+        if fresh.is_empty() {
+            return;
+        }
+        let (consumer, topic, list) = (self.consumer.clone(), self.topic.clone(), self.list(&fresh));
+        let looking = self.looking.clone();
+        looking.store(true, Ordering::Release);
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = report_gaps(&consumer, &topic, list) {
+                warn!(%error, "whether Kafka has deleted undelivered records cannot be told");
+            }
+            looking.store(false, Ordering::Release);
+        });
+    }
+
     /// Commits, without waiting, how far each partition is done.
     pub fn commit(&self) {
-        let offsets = self.ledger.lock().to_commit();
+        // The look for gaps needs the offsets as they were.
+        if self.looking.load(Ordering::Acquire) {
+            return;
+        }
+        let offsets = self.ledger.lock().take_commits();
         commit(&*self.consumer, &self.topic, &self.ledger, &offsets, CommitMode::Async);
     }
 
@@ -135,7 +162,11 @@ impl Group {
     /// what is not committed is delivered again, under the same keys.
     pub async fn leave(self) {
         let work = tokio::task::spawn_blocking(move || {
-            let offsets = self.ledger.lock().to_commit();
+            let offsets = {
+                let mut ledger = self.ledger.lock();
+                ledger.none_committed();
+                ledger.take_commits()
+            };
             commit(&*self.consumer, &self.topic, &self.ledger, &offsets, CommitMode::Sync);
             drop(self.consumer);
         });
@@ -162,12 +193,56 @@ impl Group {
         .await
     }
 
-    /// What the group has committed for these partitions, whoever owns them.
+    /// Whether the group has committed that every event below these ends is done, whoever owns the partitions.
+    ///
+    /// A member that goes on commits up to its last event, not past the marks of transactions behind it. So where another
+    /// member's offset is too low, a look at the partition tells whether an event is left. An offset of our own that is too
+    /// low, as after a commit in the middle of a rebalance, is committed again.
     ///
     /// # Errors
     /// [`Error::Unreachable`] when no broker answers in time, [`Error::Fatal`] on an internal failure.
-    pub async fn committed(&self, partitions: &[i32]) -> Result<BTreeMap<i32, i64>> {
-        let (consumer, config, list) = (self.consumer.clone(), self.config.clone(), self.list(partitions));
+    pub async fn is_done_to(&self, ends: &BTreeMap<i32, i64>) -> Result<bool> {
+        let committed = self.committed(ends.keys().copied().collect()).await?;
+        for (&partition, &end) in ends {
+            let from = committed.get(&partition).copied();
+            if from.unwrap_or(0) >= end {
+                continue;
+            }
+            let ours = self.ledger.lock().not_committed([partition]);
+            if ours || self.has_event(partition, from, end).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether a committed event stands in `from..end`; without `from`, from the beginning.
+    async fn has_event(&self, partition: i32, from: Option<i64>, end: i64) -> Result<bool> {
+        let mut list = TopicPartitionList::new();
+        let from = from.map_or(Offset::Beginning, Offset::Offset);
+        let (config, topic) = (self.config.clone(), self.topic.clone());
+        blocking(move || {
+            let failed = |e| kafka::error(&config, &e);
+            list.add_partition_offset(&topic, partition, from).map_err(failed)?;
+            let mut client = kafka::client(&config);
+            client.set("group.id", "falaj-look").set("isolation.level", "read_committed");
+            client.set("enable.auto.commit", "false").set("enable.partition.eof", "true");
+            client.set("auto.offset.reset", "earliest");
+            let reader: BaseConsumer = client.create().map_err(failed)?;
+            reader.assign(&list).map_err(failed)?;
+            match reader.poll(TIMEOUT) {
+                Some(Ok(message)) => Ok(message.offset() < end),
+                Some(Err(KafkaError::PartitionEOF(_))) => Ok(false),
+                Some(Err(e)) => Err(failed(e)),
+                None => Err(Error::unreachable(format!("Kafka at {}", config.servers()), "no answer to a fetch")),
+            }
+        })
+        .await
+    }
+
+    /// What the group has committed for these partitions.
+    async fn committed(&self, partitions: Vec<i32>) -> Result<BTreeMap<i32, i64>> {
+        let (consumer, config, list) = (self.consumer.clone(), self.config.clone(), self.list(&partitions));
         blocking(move || {
             let found = consumer.committed_offsets(list, TIMEOUT).map_err(|e| kafka::error(&config, &e))?;
             let offset = |element: rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match element.offset() {
@@ -222,7 +297,7 @@ impl Context {
     /// A partition that is lost already has another owner: nothing may be committed for it.
     fn revoke(&self, consumer: &BaseConsumer<Self>, list: &TopicPartitionList) {
         if !consumer.assignment_lost() {
-            let offsets = self.ledger.lock().to_commit();
+            let offsets = self.ledger.lock().take_commits();
             commit(consumer, &self.topic, &self.ledger, &offsets, CommitMode::Async);
         }
         let mut ledger = self.ledger.lock();
@@ -249,21 +324,45 @@ fn commit(
     }
 }
 
+fn report_gaps(consumer: &StreamConsumer<Context>, topic: &str, partitions: TopicPartitionList) -> KafkaResult<()> {
+    for element in consumer.committed_offsets(partitions, TIMEOUT)?.elements() {
+        let Offset::Offset(from) = element.offset() else { continue };
+        let partition = element.partition();
+        let (begin, _) = consumer.fetch_watermarks(topic, partition, TIMEOUT)?;
+        if begin > from {
+            counter!("falaj_external_expired_records_total").increment((begin - from).unsigned_abs());
+            error!(
+                topic,
+                partition,
+                from,
+                begin,
+                "Kafka's retention has deleted records that were not delivered, marks of transactions among them. \
+                 Send the events again with `falaj replay --sink external`, and raise retention.ms"
+            );
+        }
+    }
+    Ok(())
+}
+
 fn numbers(list: &TopicPartitionList) -> impl Iterator<Item = i32> + use<> {
     list.elements().into_iter().map(|e| e.partition()).collect::<Vec<_>>().into_iter()
 }
 
-async fn require_topic(config: crate::config::Kafka, topic: String) -> Result<()> {
-    let name = topic.clone();
-    match blocking(move || kafka::partitions(&config, &topic)).await? {
-        Some(_) => Ok(()),
-        None => Err(Error::refused(
-            "kafka_topics",
-            format!("no topic {name}"),
-            "the topics of this pipeline; they are made by init, never by accident",
-            "run: falaj init",
-        )),
+/// A topic that has just been made has no leader for a moment, which looks as if it were absent: it is asked for a few times.
+async fn require_topic(world: &World, topic: String) -> Result<()> {
+    for _ in 0..10 {
+        let (config, name) = (world.config.kafka.clone(), topic.clone());
+        if blocking(move || kafka::partitions(&config, &name)).await?.is_some() {
+            return Ok(());
+        }
+        world.pause(Duration::from_millis(200)).await?;
     }
+    Err(Error::refused(
+        "kafka_topics",
+        format!("no topic {topic}"),
+        "the topics of this pipeline; they are made by init, never by accident",
+        "run: falaj init",
+    ))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

@@ -65,6 +65,7 @@ pub struct Ledger {
     partitions: BTreeMap<i32, Partition>,
     lanes: HashMap<Lane, VecDeque<Record>>,
     ready: VecDeque<Lane>,
+    fresh: Vec<i32>,
     generations: u64,
 }
 
@@ -101,6 +102,7 @@ impl Ledger {
     /// Takes a partition over.
     pub fn assign(&mut self, partition: i32) {
         self.revoke(partition);
+        self.fresh.push(partition);
         self.generations += 1;
         self.partitions.insert(partition, Partition { generation: self.generations, ..Partition::default() });
     }
@@ -112,6 +114,11 @@ impl Ledger {
         }
         self.lanes.retain(|lane, _| lane.0 != partition);
         self.ready.retain(|lane| lane.0 != partition);
+    }
+
+    /// Partitions taken over since the last call.
+    pub fn take_fresh(&mut self) -> Vec<i32> {
+        std::mem::take(&mut self.fresh)
     }
 
     /// Queues a record behind the others of its key. A record of a partition that is not owned is left to its owner.
@@ -170,7 +177,7 @@ impl Ledger {
     }
 
     /// Offsets to commit, one a partition where it has moved since the last call.
-    pub fn to_commit(&mut self) -> Vec<(i32, i64)> {
+    pub fn take_commits(&mut self) -> Vec<(i32, i64)> {
         let moved = self.partitions.iter_mut().filter_map(|(&number, partition)| {
             let low = partition.low_water()?;
             let moved = partition.committed != Some(low);
@@ -180,13 +187,21 @@ impl Ledger {
         moved.collect()
     }
 
-    /// A commit did not get through: the next [`Ledger::to_commit`] names these partitions again.
-    pub fn not_committed(&mut self, partitions: impl IntoIterator<Item = i32>) {
+    /// A commit did not get through: the next [`Ledger::take_commits`] names these partitions again. Whether any is owned.
+    pub fn not_committed(&mut self, partitions: impl IntoIterator<Item = i32>) -> bool {
+        let mut owned = false;
         for number in partitions {
             if let Some(partition) = self.partitions.get_mut(&number) {
                 partition.committed = None;
+                owned = true;
             }
         }
+        owned
+    }
+
+    /// The next [`Ledger::take_commits`] names every partition again: answers to earlier commits will not be seen.
+    pub fn none_committed(&mut self) {
+        self.partitions.values_mut().for_each(|p| p.committed = None);
     }
 
     /// Whether everything below `end` has been read and is done; `None` for a partition that is not owned.
@@ -195,12 +210,12 @@ impl Ledger {
     }
 
     /// Partitions to pause because they have used up their share, each named once.
-    pub fn to_pause(&mut self) -> Vec<i32> {
+    pub fn take_full(&mut self) -> Vec<i32> {
         self.flip(false, Partition::is_full)
     }
 
     /// Paused partitions that have room again, each named once.
-    pub fn to_resume(&mut self) -> Vec<i32> {
+    pub fn take_roomy(&mut self) -> Vec<i32> {
         self.flip(true, Partition::has_room)
     }
 
@@ -256,13 +271,13 @@ mod tests {
     fn a_whole_batch_is_not_committed_after_one_success() {
         let mut ledger = ledger(&[(5, "a"), (6, "b"), (9, "c")]);
         jobs(&mut ledger);
-        assert_eq!(ledger.to_commit(), [(0, 5)]);
+        assert_eq!(ledger.take_commits(), [(0, 5)]);
         ledger.done(&record(0, 9, "c"), 1);
-        assert_eq!(ledger.to_commit(), []);
+        assert_eq!(ledger.take_commits(), []);
         ledger.done(&record(0, 5, "a"), 1);
-        assert_eq!(ledger.to_commit(), [(0, 6)]);
+        assert_eq!(ledger.take_commits(), [(0, 6)]);
         ledger.done(&record(0, 6, "b"), 1);
-        assert_eq!(ledger.to_commit(), [(0, 10)]);
+        assert_eq!(ledger.take_commits(), [(0, 10)]);
         assert_eq!(ledger.unfinished(), 0);
     }
 
@@ -270,11 +285,11 @@ mod tests {
     fn what_needs_no_delivery_moves_the_offset_only_behind_what_does() {
         let mut ledger = ledger(&[(0, "a")]);
         ledger.pass(0, 7);
-        assert_eq!(ledger.to_commit(), [(0, 0)]);
+        assert_eq!(ledger.take_commits(), [(0, 0)]);
         assert_eq!(ledger.is_done_to(0, 7), Some(false));
         ledger.done(&record(0, 0, "a"), 1);
         assert_eq!(ledger.is_done_to(0, 7), Some(true));
-        assert_eq!(ledger.to_commit(), [(0, 7)]);
+        assert_eq!(ledger.take_commits(), [(0, 7)]);
     }
 
     #[test]
@@ -284,21 +299,21 @@ mod tests {
         ledger.revoke(0);
         assert!(job.revoked.is_cancelled());
         ledger.done(&job.record, job.generation);
-        assert_eq!((ledger.to_commit(), ledger.is_done_to(0, 0)), (vec![], None));
+        assert_eq!((ledger.take_commits(), ledger.is_done_to(0, 0)), (vec![], None));
         // The same partition comes back: an answer to the old request must not finish the new one.
         ledger.assign(0);
         ledger.admit(record(0, 0, "a"));
         ledger.done(&job.record, job.generation);
-        assert_eq!((ledger.to_commit(), jobs(&mut ledger)), (vec![(0, 0)], vec![0]));
+        assert_eq!((ledger.take_commits(), jobs(&mut ledger)), (vec![(0, 0)], vec![0]));
     }
 
     #[test]
     fn a_failed_commit_is_named_again() {
         let mut ledger = ledger(&[]);
         ledger.pass(0, 3);
-        assert_eq!(ledger.to_commit(), [(0, 3)]);
+        assert_eq!(ledger.take_commits(), [(0, 3)]);
         ledger.not_committed([0]);
-        assert_eq!(ledger.to_commit(), [(0, 3)]);
+        assert_eq!(ledger.take_commits(), [(0, 3)]);
     }
 
     #[test]
@@ -311,17 +326,17 @@ mod tests {
             let free = ledger.next_job().unwrap();
             ledger.done(&free.record, free.generation);
         }
-        assert_eq!((ledger.to_pause(), ledger.to_pause()), (vec![0], vec![]));
-        assert_eq!(ledger.to_resume(), vec![0; 0]);
+        assert_eq!((ledger.take_full(), ledger.take_full()), (vec![0], vec![]));
+        assert_eq!(ledger.take_roomy(), vec![0; 0]);
         ledger.done(&job.record, job.generation);
-        assert_eq!((ledger.to_resume(), ledger.to_resume()), (vec![0], vec![]));
+        assert_eq!((ledger.take_roomy(), ledger.take_roomy()), (vec![0], vec![]));
     }
 
     #[test]
     fn bytes_are_bounded() {
         let mut ledger = ledger(&[]);
         let mut offset = 0;
-        while ledger.to_pause().is_empty() {
+        while ledger.take_full().is_empty() {
             ledger.admit(Record { body: Some(vec![0; 1 << 20].into()), ..record(0, offset, "a") });
             offset += 1;
         }

@@ -2,7 +2,7 @@
 
 use std::error::Error as _;
 use std::fmt::Write as _;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -46,6 +46,8 @@ pub struct Peer {
     url: Url,
     turns: Semaphore,
     acceptance: Acceptance,
+    /// Whether there has been any answer so far.
+    answered: AtomicBool,
     stop: CancellationToken,
 }
 
@@ -60,7 +62,7 @@ impl Peer {
         let http = client(config, url.scheme() == "https")?;
         let acceptance = Acceptance { misses: AtomicU32::new(0), health: world.health.clone() };
         let turns = Semaphore::new(config.in_flight.min(Semaphore::MAX_PERMITS));
-        Ok(Self { http, url, turns, acceptance, stop: world.stop.clone() })
+        Ok(Self { http, url, turns, acceptance, answered: AtomicBool::new(false), stop: world.stop.clone() })
     }
 
     /// The address without credentials, for messages.
@@ -95,18 +97,21 @@ impl Peer {
     }
 
     /// Sends an event until there is a final answer. Dropping it abandons the request.
-    pub async fn deliver(&self, id: &str, body: &Bytes) -> Outcome {
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when TLS fails before the peer has ever answered: the address or a certificate is wrong.
+    pub async fn deliver(&self, id: &str, body: &Bytes) -> Result<Outcome> {
         let mut delays = backoff_from(FIRST_DELAY);
         let mut error_bodies = 0;
         for attempt in 1_u32.. {
-            let (kind, reason, after) = match self.turn(id, body).await {
-                None => return Outcome::Abandoned,
-                Some(Verdict::Delivered) => return Outcome::Delivered,
-                Some(Verdict::Refused(reason)) => return Outcome::Refused(reason),
+            let (kind, reason, after) = match self.turn(id, body).await? {
+                None => return Ok(Outcome::Abandoned),
+                Some(Verdict::Delivered) => return Ok(Outcome::Delivered),
+                Some(Verdict::Refused(reason)) => return Ok(Outcome::Refused(reason)),
                 Some(Verdict::Error(reason)) => {
                     error_bodies += 1;
                     if error_bodies == ERROR_BODIES {
-                        return Outcome::Refused(format!("{reason} ({ERROR_BODIES} times)"));
+                        return Ok(Outcome::Refused(format!("{reason} ({ERROR_BODIES} times)")));
                     }
                     ("error_body", reason, None)
                 }
@@ -121,25 +126,44 @@ impl Peer {
             }
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
-                () = self.stop.cancelled() => return Outcome::Abandoned,
+                () = self.stop.cancelled() => return Ok(Outcome::Abandoned),
             }
         }
-        Outcome::Abandoned
+        Ok(Outcome::Abandoned)
     }
 
     /// One request, when it is its turn. `None` when a shutdown comes before that.
-    async fn turn(&self, id: &str, body: &Bytes) -> Option<Verdict> {
+    async fn turn(&self, id: &str, body: &Bytes) -> Result<Option<Verdict>> {
         let _permit = tokio::select! {
             biased;
-            () = self.stop.cancelled() => return None,
-            permit = self.turns.acquire() => permit.ok()?,
+            () = self.stop.cancelled() => return Ok(None),
+            permit = self.turns.acquire() => permit.map_err(|e| Error::fatal("waiting for a request's turn", e))?,
         };
         let _counted = InFlight::new();
         let began = Instant::now();
-        let verdict = self.request(id, body).await.unwrap_or_else(|e| no_answer(&e));
+        let answer = self.request(id, body).await;
         histogram!("falaj_external_request_seconds").record(began.elapsed());
+        let verdict = match answer {
+            Ok(verdict) => {
+                self.answered.store(true, Ordering::Relaxed);
+                verdict
+            }
+            Err(e) => match tls_error(&e) {
+                Some(why) if !self.answered.load(Ordering::Relaxed) => return Err(self.tls_refused(why)),
+                _ => no_answer(&e),
+            },
+        };
         self.acceptance.note(&verdict);
-        Some(verdict)
+        Ok(Some(verdict))
+    }
+
+    fn tls_refused(&self, why: &rustls::Error) -> Error {
+        Error::refused(
+            "external_tls",
+            format!("{}: {why}", self.shown_url()),
+            "a TLS server whose certificate an authority of this machine has signed for that name",
+            "mend external.url, or add the authority to the machine's certificates (SSL_CERT_FILE)",
+        )
     }
 
     async fn request(&self, id: &str, body: &Bytes) -> reqwest::Result<Verdict> {
@@ -246,6 +270,13 @@ async fn read_body(response: &mut Response) -> reqwest::Result<Vec<u8>> {
 
 fn text(headers: &HeaderMap, name: reqwest::header::HeaderName) -> Option<&str> {
     headers.get(name).and_then(|v| v.to_str().ok())
+}
+
+/// The TLS error among the causes of an error. An `io::Error` does not name what it holds as its source, and may hold another.
+fn tls_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    let held = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    let cause = held.map(|e| e as &(dyn std::error::Error + 'static)).or_else(|| error.source());
+    error.downcast_ref().or_else(|| tls_error(cause?))
 }
 
 /// No answer, or half of one: the peer may have the event or not, so that it is sent again.
