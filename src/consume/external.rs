@@ -64,10 +64,11 @@ async fn start<'a>(world: &'a World, args: &cli::Consume) -> Result<Outlet<'a>> 
         topic: world.config.topic(TABLE),
         world: world.clone(),
     };
-    let group = Group::join(world, TABLE).await?;
+    group::require_topics(world, [sender.topic.clone(), world.config.dead_letter_topic()]).await?;
     sender.peer.reach(world).await?;
+    let group = Group::join(world, TABLE)?;
     let ends = match args.until_end {
-        true => Some(world.at_start("kafka", || group.ends()).await?),
+        true => Some(world.at_start(group::CHECK, || group.ends()).await?),
         false => None,
     };
     info!(topic = group.topic(), url = sender.peer.shown_url(), "delivering");
@@ -118,18 +119,18 @@ impl Outlet<'_> {
     fn take(&self, next: Next<'_>) {
         match next {
             Next::Message(message) => {
-                self.world.health.ok("kafka");
+                self.world.health.ok(group::CHECK);
                 self.admit(record(&message));
             }
             Next::End(partition) => {
-                self.world.health.ok("kafka");
+                self.world.health.ok(group::CHECK);
                 if let Some(end) = self.ends.as_ref().and_then(|ends| ends.get(&partition)) {
                     self.group.ledger().lock().reached(partition, *end);
                 }
             }
             Next::Trouble(why) => {
                 warn!(why, "reading from Kafka; trying again");
-                self.world.health.failing("kafka", why);
+                self.world.health.failing(group::CHECK, why);
             }
         }
     }

@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 use crate::kafka::{self, TIMEOUT};
 use crate::world::World;
 
+/// Name of the check in /readyz: this path's own connection to Kafka.
+pub const CHECK: &str = "kafka_external";
 /// How long the last commit and leaving the group may take at a shutdown.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -52,16 +54,14 @@ impl SharedLedger {
 }
 
 impl Group {
-    /// Joins the group. Without a committed offset, a partition is read from its beginning.
+    /// Joins the group. Without a committed offset, a partition is read from its beginning. From here on [`Group::next`]
+    /// must be called, else the other members wait for this one.
     ///
     /// # Errors
-    /// [`Error::Refused`] for a topic that does not exist, rights or a bad librdkafka key; [`Error::Unreachable`].
-    pub async fn join(world: &World, table: &str) -> Result<Self> {
+    /// [`Error::Refused`] for a bad librdkafka key or value.
+    pub fn join(world: &World, table: &str) -> Result<Self> {
         let config = world.config.kafka.clone();
         let topic = world.config.topic(table);
-        for name in [topic.clone(), world.config.dead_letter_topic()] {
-            world.at_start("kafka", || require_topic(world, name.clone())).await?;
-        }
         let ledger = SharedLedger::default();
         let mut client = kafka::client(&config);
         client
@@ -346,6 +346,17 @@ fn report_gaps(consumer: &StreamConsumer<Context>, topic: &str, partitions: Topi
 
 fn numbers(list: &TopicPartitionList) -> impl Iterator<Item = i32> + use<> {
     list.elements().into_iter().map(|e| e.partition()).collect::<Vec<_>>().into_iter()
+}
+
+/// Waits for Kafka and asks for the topics.
+///
+/// # Errors
+/// [`Error::Refused`] for a topic that does not exist, [`Error::Unreachable`] after the patience that a start has.
+pub async fn require_topics(world: &World, topics: [String; 2]) -> Result<()> {
+    for topic in topics {
+        world.at_start(CHECK, || require_topic(world, topic.clone())).await?;
+    }
+    Ok(())
 }
 
 /// A topic that has just been made has no leader for a moment, which looks as if it were absent: it is asked for a few times.
