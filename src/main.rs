@@ -51,6 +51,8 @@ async fn run(cli: Cli) -> Result<()> {
 async fn dispatch(world: &World, verb: Verb) -> Result<()> {
     match verb {
         Verb::Produce(args) => falaj::produce::run(world, &args).await,
+        Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
+        Verb::Consume(args) => falaj::consume::external::run(world, &args).await,
         other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }

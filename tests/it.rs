@@ -1,3 +1,5 @@
 //! Tests against real servers: `dev/stack up`, `eval "$(dev/stack env)"`, then `cargo test`.
 
 mod setup;
+mod external;
+mod mock_external;
