@@ -18,13 +18,14 @@ use crate::world::World;
 mod catalog;
 mod event;
 mod hash;
+mod lanes;
 mod model;
 mod sessions;
 mod text;
 mod writer;
 
+use lanes::Lanes;
 use model::{Model, Pace, Transaction};
-use writer::Writer;
 
 /// Rows a second of event time in a load without `--rate`, at least.
 const BULK_ROWS_PER_SECOND: f64 = 500.0;
@@ -51,20 +52,25 @@ pub async fn run(world: &World, args: &cli::Generate) -> Result<()> {
     if args.rate == Some(0) {
         return Err(Error::Usage("--rate 0: a rate is 1 or more rows a second; leave it out for full speed".into()));
     }
-    let mut writer = Writer::open(world).await?;
-    let mut load = Load::new(args, Timestamp::now().as_microsecond());
-    writer.stock(&model::stock(args.seed), load.start).await?;
-    let mut model = Model::new(args.seed, load.pace, writer.contents().await?);
-    load.restart(Timestamp::now().as_microsecond());
+    let mut lanes = Lanes::open(world, lanes(args)).await?;
+    let subjects = lanes.stock(&model::stock(args.seed), Timestamp::now().as_microsecond()).await?;
+    let pace = pace(args.rate, args.count);
+    let mut model = Model::new(args.seed, pace, subjects);
+    let mut load = Load::new(args, pace, Timestamp::now().as_microsecond());
     while load.left() > 0 && !world.stop.is_cancelled() {
         let transaction = model.next(load.left());
         if world_stops_before(world, load.due(&transaction)).await {
             break;
         }
-        writer.write(&transaction, load.start).await?;
-        load.done(&transaction, &model, Timestamp::now().as_microsecond());
+        load.plan(&transaction, &model, Timestamp::now().as_microsecond());
+        for written in lanes.write(transaction, load.start).await? {
+            load.done(&written);
+        }
     }
-    load.finish(args.seed, writer.retries)
+    for written in lanes.drain().await? {
+        load.done(&written);
+    }
+    load.finish(args.seed)
 }
 
 /// Waits for `due`; true when the shutdown comes first.
@@ -80,10 +86,11 @@ async fn world_stops_before(world: &World, due: Option<Instant>) -> bool {
 struct Load {
     rate: Option<u64>,
     count: Option<u64>,
-    pace: Pace,
     /// Where the model's time 0 is, in microseconds since 1970.
     start: i64,
     began: Instant,
+    /// Committed engagement rows of the transactions handed over so far.
+    planned: u64,
     committed: u64,
     rolled_back: u64,
     transactions: u64,
@@ -91,52 +98,48 @@ struct Load {
 }
 
 impl Load {
-    fn new(args: &cli::Generate, now: i64) -> Self {
-        let pace = pace(args.rate, args.count);
-        let mut load = Self {
+    /// Time 0 is now; a load of known length at full speed lies in the past instead, and ends now.
+    fn new(args: &cli::Generate, pace: Pace, now: i64) -> Self {
+        let span = match (args.rate, args.count) {
+            (None, Some(count)) => count as f64 / pace.rows_per_second,
+            _ => 0.0,
+        };
+        Self {
             rate: args.rate,
             count: args.count,
-            pace,
-            start: now,
+            start: now - (span * 1e6) as i64,
             began: Instant::now(),
+            planned: 0,
             committed: 0,
             rolled_back: 0,
             transactions: 0,
             report: Report::new(),
-        };
-        load.restart(now);
-        load
+        }
     }
 
-    /// Time 0 is now; a load of known length at full speed lies in the past instead, and ends now.
-    fn restart(&mut self, now: i64) {
-        let span = match (self.rate, self.count) {
-            (None, Some(count)) => count as f64 / self.pace.rows_per_second,
-            _ => 0.0,
-        };
-        self.start = now - (span * 1e6) as i64;
-        self.began = Instant::now();
-    }
-
-    /// Engagement rows that are still to be committed.
+    /// Engagement rows that are still to be handed over.
     fn left(&self) -> u64 {
-        self.count.map_or(u64::MAX, |count| count - self.committed)
+        self.count.map_or(u64::MAX, |count| count - self.planned)
     }
 
     /// When a transaction is to be written: when its last row is due. Counted from the beginning, so that no delay adds up.
     fn due(&self, transaction: &Transaction) -> Option<Instant> {
-        let rows = self.committed + transaction.committed;
+        let rows = self.planned + transaction.committed;
         self.rate.map(|rate| self.began + Duration::from_secs_f64(rows as f64 / rate as f64))
     }
 
-    fn done(&mut self, transaction: &Transaction, model: &Model, now: i64) {
+    fn plan(&mut self, transaction: &Transaction, model: &Model, now: i64) {
+        self.planned += transaction.committed;
+        self.set_clock(model.time(self.planned), now);
+    }
+
+    fn done(&mut self, transaction: &Transaction) {
         self.committed += transaction.committed;
         self.rolled_back += transaction.rolled_back;
         self.transactions += 1;
         metrics::counter!("falaj_generate_rows_total").increment(transaction.committed);
         metrics::counter!("falaj_generate_rolled_back_rows_total").increment(transaction.rolled_back);
         metrics::counter!("falaj_generate_transactions_total").increment(1);
-        self.set_clock(model.time(self.committed), now);
         self.report.progress(self.committed, self.count, self.began.elapsed());
     }
 
@@ -149,7 +152,7 @@ impl Load {
         }
     }
 
-    fn finish(mut self, seed: u64, retries: u64) -> Result<()> {
+    fn finish(mut self, seed: u64) -> Result<()> {
         self.report.clear();
         let seconds = self.began.elapsed().as_secs_f64();
         let Self { committed, transactions, rolled_back, .. } = self;
@@ -157,10 +160,18 @@ impl Load {
         let wanted = self.rate.map(|rate| format!(" wanted_rows_per_second={rate}")).unwrap_or_default();
         let summary = format!(
             "generated rows={committed} transactions={transactions} rolled_back_rows={rolled_back} seconds={seconds:.3} \
-             rows_per_second={achieved:.0}{wanted} retries={retries} seed={seed}\n"
+             rows_per_second={achieved:.0}{wanted} seed={seed}\n"
         );
         std::io::stdout().write_all(summary.as_bytes()).map_err(|e| Error::fatal("writing the summary to stdout", e))
     }
+}
+
+/// Connections. One keeps the order of rows and of their ids the same in every run; a large load at full speed is written by two,
+/// so that its transactions interleave.
+fn lanes(args: &cli::Generate) -> usize {
+    let large = args.count.is_none_or(|count| count >= 200_000);
+    let fast = args.rate.is_none_or(|rate| rate > 20_000);
+    if large && fast { 2 } else { 1 }
 }
 
 fn pace(rate: Option<u64>, count: Option<u64>) -> Pace {

@@ -18,13 +18,11 @@ const CHUNK: usize = 64 << 10;
 const MOST_CONTENTS: i64 = 10_000;
 
 /// A connection, and the transaction that is under way on it.
-pub struct Writer<'a> {
-    world: &'a World,
+pub struct Writer {
+    world: World,
     client: Client,
     /// Set from the first statement of a transaction to its known end.
     open: Option<TransactionId>,
-    /// How often a transaction had to be written again.
-    pub retries: u64,
 }
 
 /// Postgres's 64-bit transaction id (`xid8`), as text.
@@ -38,14 +36,14 @@ enum Fate {
     RolledBack,
 }
 
-impl<'a> Writer<'a> {
+impl Writer {
     /// Connects, and sees that the tables are there.
     ///
     /// # Errors
     /// [`Error::Unreachable`] after 30 s; [`Error::Refused`] without tables or rights.
-    pub async fn open(world: &'a World) -> Result<Self> {
+    pub async fn open(world: &World) -> Result<Self> {
         let client = world.at_start("postgres", || connect(world)).await?;
-        let writer = Self { world, client, open: None, retries: 0 };
+        let writer = Self { world: world.clone(), client, open: None };
         writer.tables_exist().await?;
         Ok(writer)
     }
@@ -104,7 +102,6 @@ impl<'a> Writer<'a> {
                 Ok(()) => return Ok(()),
                 Err(error) if error.is_transient() => {
                     warn!(%error, "connection lost within a transaction");
-                    self.retries += 1;
                     metrics::counter!("falaj_generate_retries_total").increment(1);
                     if self.reconnect().await? == Fate::Committed && transaction.end == End::Commit {
                         return Ok(());
@@ -181,7 +178,7 @@ impl<'a> Writer<'a> {
 
     /// Connects again, for as long as it takes, and finds out what became of the open transaction.
     async fn reconnect(&mut self) -> Result<Fate> {
-        let (world, open) = (self.world, self.open.take());
+        let (world, open) = (&self.world, self.open.take());
         let (client, fate) = world
             .for_ever("postgres", || async {
                 let client = connect(world).await?;
