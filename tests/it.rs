@@ -1,1 +1,3 @@
-fn main() {}
+//! Tests against real servers; their addresses come from the environment that `dev/stack env` prints.
+
+mod generate;
