@@ -1,0 +1,4 @@
+//! Postgres: the slot, the stream, the catalogue.
+
+pub mod slot;
+pub mod stream;
