@@ -1,3 +1,4 @@
 //! Tests against real servers; their addresses come from the environment that `dev/stack env` prints.
 
+mod compose;
 mod generate;
