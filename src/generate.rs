@@ -1,6 +1,6 @@
 //! Seeded, realistic engagement load: contents, sessions, late and repeated events, rolled-back transactions.
 //!
-//! [`model`] says what is written, as a function of the seed, the pace and the contents that are there; [`writer`] writes it.
+//! `model` says what is written, as a function of the seed, the pace and the contents that are there; `writer` writes it.
 //! Every time in the model counts from the start of the load, so that two runs differ in `event_ts` and `publish_ts` by one
 //! constant, and in ids of the sequence; in nothing else.
 

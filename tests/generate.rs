@@ -18,6 +18,11 @@ impl Database {
         database
     }
 
+    /// The same database under another role; the stack's Postgres trusts whoever comes.
+    fn as_role(&self, role: &str) -> String {
+        self.url.replace("user=postgres", &format!("user={role}"))
+    }
+
     async fn empty(name: &str) -> Self {
         let url = std::env::var("FALAJ_POSTGRES__URL")
             .expect("FALAJ_POSTGRES__URL is not set; start servers with dev/stack up and eval \"$(dev/stack env)\"");
@@ -231,4 +236,37 @@ async fn a_rate_of_zero_is_a_usage_error() {
     let database = Database::with_tables("generate_zero").await;
     assert_eq!(database.generate(&["--rate", "0"]).output().unwrap().status.code(), Some(2));
     assert_eq!(database.run(&["--count", "0"]).get("rows"), 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sql_files_can_be_run_twice_and_give_each_role_what_it_needs_and_no_more() {
+    let database = Database::empty("generate_roles").await;
+    for _ in 0..2 {
+        for file in [
+            include_str!("../sql/01_tables.sql"),
+            include_str!("../sql/02_publication.sql"),
+            include_str!("../sql/03_roles.sql"),
+            include_str!("../sql/04_sample_content.sql"),
+        ] {
+            database.client.batch_execute(file).await.unwrap();
+        }
+    }
+    let published: i64 = database.one("SELECT count(*) FROM pg_publication_tables WHERE pubname = 'falaj'").await;
+    assert_eq!(published, 2);
+
+    let as_role = |role| {
+        let mut command = database.generate(&["--count", "500"]);
+        command.env("FALAJ_POSTGRES__URL", database.as_role(role));
+        command.output().unwrap()
+    };
+    assert_eq!(summary(as_role("falaj_load")).get("rows") as i64, database.rows().await);
+    let refused = as_role("falaj_stream");
+    let stderr = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(78), "{stderr}");
+    assert!(stderr.contains("sql/03_roles.sql"), "{stderr}");
+    assert_eq!(database.rows().await, 500);
+
+    let stream = connect(&database.as_role("falaj_stream").parse().unwrap()).await;
+    let seen: i64 = stream.query_one("SELECT count(*) FROM public.engagement_events", &[]).await.unwrap().get(0);
+    assert_eq!(seen, 500);
 }
