@@ -151,7 +151,7 @@ fn the_servers_are_of_the_versions_that_the_tests_run_against() {
     assert_eq!(version(&image, "local-bigquery=="), version(&bigquery, "bigquery_version="));
     assert_eq!(version(&image, "duckdb=="), version(&bigquery, "duckdb_version="));
     assert_eq!(version(&compose(), "apache/kafka:"), version(&read("dev/stack.d/kafka.sh"), "kafka_version="));
-    assert_eq!(version(&compose(), "postgres:"), version(&read("dev/stack.d/postgres.sh"), "debian_major="));
+    assert_eq!(version(&compose(), "image: postgres:"), version(&read("dev/stack.d/postgres.sh"), "debian_major="));
 }
 
 /// README.md, CHANGELOG.md and all of docs/.
