@@ -1,5 +1,6 @@
 //! What every Kafka client of falaj shares: configuration, error classes, metadata, topics.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
@@ -106,4 +107,16 @@ pub fn partitions(config: &Kafka, topic: &str) -> Result<Option<usize>> {
     let metadata = admin.inner().fetch_metadata(Some(topic), TIMEOUT).map_err(|e| error(config, &e))?;
     let found = metadata.topics().iter().find(|t| t.name() == topic);
     Ok(found.filter(|t| t.error().is_none() && !t.partitions().is_empty()).map(|t| t.partitions().len()))
+}
+
+/// Every topic with its partition count. All of them are asked for, because asking for one by name can create it.
+/// Blocking: call it from a blocking thread.
+///
+/// # Errors
+/// [`Error::Unreachable`] when no broker answers within `patience`.
+pub fn topics(config: &Kafka, patience: Duration) -> Result<BTreeMap<String, usize>> {
+    let admin = admin(config)?;
+    let metadata = admin.inner().fetch_metadata(None, patience).map_err(|e| error(config, &e))?;
+    let usable = metadata.topics().iter().filter(|t| t.error().is_none());
+    Ok(usable.map(|t| (t.name().to_owned(), t.partitions().len())).collect())
 }

@@ -16,6 +16,9 @@ pub mod enrich; //      the lookup fold, derived columns
 pub mod event; //       one event and its bytes
 pub mod sink; //        outlets of produce
 
+pub mod check; //       every requirement: found, needed, fix
+pub mod init; //        publication, topics, slot, first lookup state
+
 pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
 pub mod generate; //    seeded load
 pub mod mock_external; // the simulated outside system

@@ -108,7 +108,8 @@ impl Enricher {
         }
         for (table, columns) in wanted(tables) {
             let cache = caches.iter().find(|c| c.table.table == table);
-            let known = |column: &String| cache.is_some_and(|c| c.table.columns.iter().any(|k| k.name == *column));
+            // A lookup that no published table uses is in no base; one that a table needs is looked for in `layout`.
+            let known = |column: &String| cache.is_none_or(|c| c.table.columns.iter().any(|k| k.name == *column));
             if let Some(column) = columns.iter().find(|c| !known(c)) {
                 return Err(refused(dir, format!("no column \"{column}\" of lookup table \"{table}\"")));
             }
@@ -137,48 +138,8 @@ impl Enricher {
         primary_key: Vec<usize>,
         config: Option<&config::Table>,
     ) -> Result<Layout> {
-        let table = relation.table();
-        let mut columns: Vec<_> = relation.columns.iter().map(|c| OutColumn::new(&c.name, c.ty())).collect();
-        let column = |name: &String, role: &str| {
-            relation.index_of(name).ok_or_else(|| {
-                Error::refused(
-                    "table_columns",
-                    format!("table {table} has no column \"{name}\", the configured {role}"),
-                    "a published column of that name",
-                    "add the column (or publish it), or change [[table]] in the configuration",
-                )
-            })
-        };
-        let key = config.and_then(|c| c.key.as_ref()).map(|k| column(k, "record key")).transpose()?;
-        let join = match config.and_then(|c| c.lookup.as_ref()) {
-            Some(lookup) => Some(self.join(lookup, column(&lookup.on, "lookup key")?, &mut columns)?),
-            None => None,
-        };
-        let derive = derive::plan(&table, config.map_or(&[], |c| &c.derive), &mut columns)?;
-        refuse_double_names(&table, &columns)?;
-        Ok(Layout { generation, table, primary_key, key, columns, plan: Plan { join, derive }, relation })
-    }
-
-    fn join(&self, lookup: &config::Lookup, on: usize, columns: &mut Vec<OutColumn>) -> Result<Join> {
-        let missing = |what: &str| {
-            Error::refused(
-                "lookup_state",
-                format!("the lookup state has no {what}"),
-                "the lookup tables and columns of [table.lookup]",
-                "falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
-            )
-        };
-        let table = self.caches.iter().position(|c| c.table.table == lookup.table);
-        let table = table.ok_or_else(|| missing(&format!("table \"{}\"", lookup.table)))?;
-        let known = &self.caches[table].table.columns;
-        let mut indexes = Vec::new();
-        for name in &lookup.columns {
-            let at =
-                known.iter().position(|c| c.name == *name).ok_or_else(|| missing(&format!("column \"{name}\"")))?;
-            indexes.push(at);
-            columns.push(OutColumn::new(name, Type::from_oid(known[at].type_oid, known[at].type_mod)));
-        }
-        Ok(Join { on, table, columns: indexes })
+        let lookups: Vec<&LookupTable> = self.caches.iter().map(|c| &c.table).collect();
+        layout(&lookups, generation, relation, primary_key, config)
     }
 
     /// Appends lookup and derived columns to the source columns of a row. `scratch` holds the derived texts.
@@ -319,6 +280,61 @@ impl Enricher {
         };
         cache.table.columns.iter().enumerate().map(column).collect()
     }
+}
+
+/// Plans the layout of a relation's events over these lookup tables, without their rows.
+///
+/// # Errors
+/// [`Error::Refused`] for a configured column that the relation or its lookup has not, or a name that would stand twice.
+pub fn layout(
+    lookups: &[&LookupTable],
+    generation: u32,
+    relation: Relation,
+    primary_key: Vec<usize>,
+    config: Option<&config::Table>,
+) -> Result<Layout> {
+    let table = relation.table();
+    let mut columns: Vec<_> = relation.columns.iter().map(|c| OutColumn::new(&c.name, c.ty())).collect();
+    let column = |name: &String, role: &str| {
+        relation.index_of(name).ok_or_else(|| {
+            Error::refused(
+                "table_columns",
+                format!("table {table} has no column \"{name}\", the configured {role}"),
+                "a published column of that name",
+                "add the column (or publish it), or change [[table]] in the configuration",
+            )
+        })
+    };
+    let key = config.and_then(|c| c.key.as_ref()).map(|k| column(k, "record key")).transpose()?;
+    let join = match config.and_then(|c| c.lookup.as_ref()) {
+        Some(lookup) => Some(join(lookups, lookup, column(&lookup.on, "lookup key")?, &mut columns)?),
+        None => None,
+    };
+    let derive = derive::plan(&table, config.map_or(&[], |c| &c.derive), &mut columns)?;
+    refuse_double_names(&table, &columns)?;
+    Ok(Layout { generation, table, primary_key, key, columns, plan: Plan { join, derive }, relation })
+}
+
+fn join(lookups: &[&LookupTable], lookup: &config::Lookup, on: usize, columns: &mut Vec<OutColumn>) -> Result<Join> {
+    let missing = |what: &str| {
+        Error::refused(
+            "lookup_state",
+            format!("the lookup state has no {what}"),
+            "the lookup tables and columns of [table.lookup]",
+            "falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
+        )
+    };
+    let table = lookups.iter().position(|t| t.table == lookup.table);
+    let table = table.ok_or_else(|| missing(&format!("table \"{}\"", lookup.table)))?;
+    let known = &lookups[table].columns;
+    let mut indexes = Vec::new();
+    for name in &lookup.columns {
+        let at =
+            known.iter().position(|c| c.name == *name).ok_or_else(|| missing(&format!("column \"{name}\"")))?;
+        indexes.push(at);
+        columns.push(OutColumn::new(name, Type::from_oid(known[at].type_oid, known[at].type_mod)));
+    }
+    Ok(Join { on, table, columns: indexes })
 }
 
 /// Text of a column of a tuple; outer `None` for an unchanged TOAST value.
