@@ -48,8 +48,10 @@ async fn run(cli: Cli) -> Result<()> {
     dispatch(&world, cli.verb).await
 }
 
-async fn dispatch(_world: &World, verb: Verb) -> Result<()> {
+async fn dispatch(world: &World, verb: Verb) -> Result<()> {
     match verb {
+        Verb::Consume(args) => falaj::consume::run(world, &args).await,
+        Verb::Board(args) => falaj::consume::board(world, &args).await,
         other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }

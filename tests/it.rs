@@ -1,1 +1,3 @@
-fn main() {}
+//! Tests of the promises, against real servers: `eval "$(dev/stack env)"` first.
+
+mod board;
