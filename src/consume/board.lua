@@ -1,5 +1,5 @@
-#!lua flags=no-writes
--- Reads the board at one moment.
+#!lua flags=allow-oom
+-- Reads the board at one moment. Not flagged no-writes, since to Redis PFCOUNT is a write; it works in full memory.
 --
 -- KEYS[1]  hash of the board
 -- ARGV     first bucket, last bucket, how many contents

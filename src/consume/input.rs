@@ -19,6 +19,9 @@ use crate::config::{Config, Kafka};
 use crate::error::{Error, Result};
 use crate::kafka;
 
+/// How long Kafka may take to answer a question of the loop: short, so that a shutdown is not held up by it.
+const TIMEOUT: Duration = Duration::from_secs(3);
+
 /// One topic, read as a member of the board's group.
 pub struct Input {
     consumer: BaseConsumer<Rebalances>,
@@ -158,7 +161,7 @@ impl Input {
     /// # Errors
     /// [`Error::Unreachable`], also while the topic is not there.
     pub fn topic_id(&self) -> Result<String> {
-        topic_id(self.consumer.client(), &self.topic, kafka::TIMEOUT).map_err(|e| self.error(&e))
+        topic_id(self.consumer.client(), &self.topic, TIMEOUT).map_err(|e| self.error(&e))
     }
 
     /// The last stable offset of every partition of the topic. Blocking.
@@ -174,7 +177,7 @@ impl Input {
                 "run `falaj init`, or mend kafka.topic",
             ));
         };
-        (0..count as i32).map(|p| Ok((p, self.watermarks(p, kafka::TIMEOUT)?.1))).collect()
+        (0..count as i32).map(|p| Ok((p, self.watermarks(p)?.1))).collect()
     }
 
     /// Where these partitions stand, and where the records committed since `since_millis` (milliseconds since 1970)
@@ -187,13 +190,13 @@ impl Input {
         let mut places = BTreeMap::new();
         let mut times = TopicPartitionList::new();
         for &partition in partitions {
-            let (first, end) = self.watermarks(partition, kafka::TIMEOUT)?;
+            let (first, end) = self.watermarks(partition)?;
             places.insert(partition, Place { first, end, needed: end });
             times
                 .add_partition_offset(&self.topic, partition, Offset::Offset(since_millis.max(0)))
                 .map_err(|e| self.error(&e))?;
         }
-        let found = self.consumer.offsets_for_times(times, kafka::TIMEOUT).map_err(|e| self.error(&e))?;
+        let found = self.consumer.offsets_for_times(times, TIMEOUT).map_err(|e| self.error(&e))?;
         for element in found.elements() {
             element.error().map_err(|e| self.error(&e))?;
             if let (Offset::Offset(offset), Some(place)) = (element.offset(), places.get_mut(&element.partition())) {
@@ -203,12 +206,12 @@ impl Input {
         Ok(places)
     }
 
-    /// First offset and last stable offset of a partition. Blocking, for `timeout` at most.
+    /// First offset and last stable offset of a partition. Blocking.
     ///
     /// # Errors
     /// [`Error::Unreachable`].
-    pub fn watermarks(&self, partition: i32, timeout: Duration) -> Result<(i64, i64)> {
-        self.consumer.fetch_watermarks(&self.topic, partition, timeout).map_err(|e| self.error(&e))
+    pub fn watermarks(&self, partition: i32) -> Result<(i64, i64)> {
+        self.consumer.fetch_watermarks(&self.topic, partition, TIMEOUT).map_err(|e| self.error(&e))
     }
 
     fn error(&self, e: &KafkaError) -> Error {

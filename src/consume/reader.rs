@@ -32,12 +32,12 @@ const MAX_EVENTS: usize = 50_000;
 const MAX_AGE: Duration = Duration::from_millis(250);
 /// How long to wait for a first record before looking around.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// How long the report at the end may take.
+const LAST_REPORT: Duration = Duration::from_secs(2);
 /// How often Redis is asked whether it still stands where we left it, also without traffic.
 const COMPARE_EVERY: Duration = Duration::from_secs(1);
-/// How often Kafka is asked how far behind we are.
+/// How often Kafka is asked how far behind we are, and whether the topic is still the same.
 const LAG_EVERY: Duration = Duration::from_secs(5);
-/// How long that question may take.
-const LAG_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Feeds the board and reports on stdout until the shutdown, or until what was readable at the start is applied.
 ///
@@ -48,7 +48,10 @@ pub async fn run(world: &World, args: &Consume) -> Result<()> {
     let found = world.at_start("redis", || store.preflight()).await?;
     info!("Redis: {found}");
     let input = Arc::new(Input::open(&world.config, TABLE)?);
-    let ends = world.at_start("kafka_board", || blocking(&input, |input| input.ends())).await?;
+    let ends = tokio::select! {
+        ends = world.at_start("kafka_board", || blocking(&input, Input::ends)) => ends?,
+        () = world.stop.cancelled() => return Ok(()),
+    };
     let latency = Arc::new(Latency::new());
     let reader = Reader {
         world: world.clone(),
@@ -63,12 +66,13 @@ pub async fn run(world: &World, args: &Consume) -> Result<()> {
         until: args.until_end.then_some(ends),
     };
     let reading = tokio::task::spawn_blocking(move || reader.run());
-    let ended = tokio::select! {
-        ended = reading => ended.map_err(|e| Error::fatal("the board's reader", e))?,
+    tokio::select! {
+        ended = reading => ended.map_err(|e| Error::fatal("the board's reader", e))??,
         never = board::report(&store, &latency) => match never {},
-    };
-    board::report_once(&store, &latency).await;
-    ended
+    }
+    // The last word, unless Redis is away.
+    let _ = tokio::time::timeout(LAST_REPORT, board::report_once(&store, &latency)).await;
+    Ok(())
 }
 
 async fn blocking<T: Send + 'static>(
@@ -128,7 +132,7 @@ impl Reader {
                 compared = Instant::now();
             }
             if lag.elapsed() >= LAG_EVERY {
-                self.measure_lag();
+                self.measure_lag()?;
                 lag = Instant::now();
             }
             if self.at_end() {
@@ -260,30 +264,33 @@ impl Reader {
 
     /// Sees a lost or changed Redis also when no record comes.
     fn compare(&mut self) -> Result<()> {
-        if self.topic_id.is_empty() {
-            return Ok(());
-        }
-        let claim = self.redis(|store| store.claim(&self.topic_id, None))?;
-        let same = self.parts.iter().all(|(p, part)| part.stored == claim.offsets.get(p).copied());
-        self.others = claim.offsets;
-        if same && claim.generation == self.generation {
+        let found = self.redis(Store::look)?;
+        let same = self.parts.iter().all(|(p, part)| part.stored == found.offsets.get(p).copied());
+        self.others = found.offsets;
+        if self.parts.is_empty() || (same && found.generation == self.generation) {
             return Ok(());
         }
         info!("Redis stands elsewhere; reading on from there");
         self.find_places_again()
     }
 
-    fn measure_lag(&self) {
-        for (partition, part) in &self.parts {
-            match self.input.watermarks(*partition, LAG_TIMEOUT) {
-                Ok((_, end)) => {
-                    self.world.health.ok("kafka_board");
-                    let lag = (end - part.next).max(0) as f64;
-                    metrics::gauge!("falaj_consume_redis_lag_records", "partition" => partition.to_string()).set(lag);
-                }
-                Err(e) => return self.world.health.failing("kafka_board", e),
+    /// Also sees a topic made anew that already holds as many records as the old one did.
+    fn measure_lag(&mut self) -> Result<()> {
+        let asked = self.input.topic_id().and_then(|id| {
+            for (partition, part) in &self.parts {
+                let (_, end) = self.input.watermarks(*partition)?;
+                let lag = (end - part.next).max(0) as f64;
+                metrics::gauge!("falaj_consume_redis_lag_records", "partition" => partition.to_string()).set(lag);
             }
+            Ok(id)
+        });
+        match asked {
+            Ok(id) if self.parts.is_empty() || id == self.topic_id => self.world.health.ok("kafka_board"),
+            Ok(_) => return self.find_places_again(),
+            Err(e) if e.is_transient() => self.world.health.failing("kafka_board", e),
+            Err(e) => return Err(e),
         }
+        Ok(())
     }
 
     fn at_end(&self) -> bool {

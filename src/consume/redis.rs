@@ -151,16 +151,29 @@ impl Store {
     /// # Errors
     /// [`Error::Unreachable`] or [`Error::Refused`].
     pub async fn claim(&self, topic_id: &str, give_up: Option<&str>) -> Result<Claim> {
+        let claim = self.claim_script(topic_id, give_up.unwrap_or("")).await?;
+        Ok(Claim { replaced: claim.replaced.filter(|id| id != topic_id), ..claim })
+    }
+
+    /// Where the board stands, whatever it was built from. The generation is empty when there is no board.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] or [`Error::Refused`].
+    pub async fn look(&self) -> Result<Claim> {
+        let claim = self.claim_script("", "").await?;
+        Ok(Claim { replaced: None, ..claim })
+    }
+
+    async fn claim_script(&self, topic_id: &str, give_up: &str) -> Result<Claim> {
         let mut call = self.script(&self.claim);
-        call.arg(topic_id).arg(give_up.unwrap_or(""));
+        call.arg(topic_id).arg(give_up);
         let mut answer = self.call::<Vec<String>>(&call).await?.into_iter();
         let (generation, before) = (answer.next().unwrap_or_default(), answer.next().unwrap_or_default());
         let mut offsets = BTreeMap::new();
         while let (Some(partition), Some(offset)) = (answer.next(), answer.next()) {
             offsets.insert(self.number(&partition)?, self.number(&offset)?);
         }
-        let replaced = Some(before).filter(|id| !id.is_empty() && id != topic_id);
-        Ok(Claim { generation, replaced, offsets })
+        Ok(Claim { generation, replaced: Some(before).filter(|id| !id.is_empty()), offsets })
     }
 
     /// Applies one batch with its offset, or finds that Redis stands elsewhere.

@@ -42,7 +42,7 @@ fn a_window_is_not_refreshed_by_the_events_that_it_holds() {
     };
     let event = ago(1, 0, 300);
     let bucket = bucket_of(event.event_ts);
-    rig.write(&[event.clone()]);
+    rig.write(std::slice::from_ref(&event));
     rig.consume_until_end();
     let before = expiries(&rig, bucket);
     assert_eq!(before.len(), 5, "{before:?}");
@@ -61,9 +61,9 @@ fn the_window_slides_by_ten_seconds_and_is_not_aligned_to_the_clock() {
     let bucket = bucket_of(event.event_ts);
     rig.write(&[event]);
     rig.consume_until_end();
-    let store = Store::new(&rig.config).unwrap();
+    let (store, runtime) = (Store::new(&rig.config).unwrap(), tokio::runtime::Runtime::new().unwrap());
     let events_at = |last: i64| {
-        let (contents, ..) = block_on(store.read(last - 59, last, 10)).unwrap();
+        let (contents, ..) = runtime.block_on(store.read(last - 59, last, 10)).unwrap();
         contents.first().map_or(0, |row| row.2)
     };
     // It is there from its own bucket on, through every full hour, ten minutes long.

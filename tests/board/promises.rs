@@ -3,6 +3,10 @@
 use std::process::Stdio;
 use std::time::Duration;
 
+use falaj::consume::batch::Batch;
+use falaj::consume::event::parse;
+use falaj::consume::redis::{Applied, Call, Store};
+
 use super::model::Load;
 use super::*;
 
@@ -15,7 +19,7 @@ fn the_board_equals_an_independent_count_and_aborted_transactions_are_unseen() {
     }
     rig.consume_until_end();
     rig.assert_board();
-    assert_eq!(rig.board()["top"].as_array().unwrap().len() > 10, true);
+    assert!(rig.board()["top"].as_array().unwrap().len() > 10);
     // A second run finds everything applied, and adds what is new.
     rig.write(&load.events(100));
     rig.consume_until_end();
@@ -63,6 +67,8 @@ fn instances_come_and_go_under_load_and_the_count_is_exact() {
             _ => {}
         }
     }
+    // With more instances than partitions, one ends on what the others apply.
+    others.push(rig.consume());
     rig.consume_until_end();
     rig.assert_board();
     for running in others {
@@ -72,20 +78,48 @@ fn instances_come_and_go_under_load_and_the_count_is_exact() {
 }
 
 #[test]
-fn sigkill_under_load_loses_and_doubles_nothing() {
+fn sigkill_at_random_moments_loses_and_doubles_nothing() {
     let seed = u64::from(std::process::id());
     let (mut rig, mut load) = (Rig::new("sigkill"), Load::new(seed));
-    for kill in 0..4 {
-        let running = rig.consume();
-        let before = rig.stored();
-        for _ in 0..10 {
-            rig.write(&load.events(100 + 13 * kill));
-        }
-        // It dies while it reads on, somewhere between here and the end.
-        eventually("it reads", || rig.stored() > before);
+    for _ in 0..15 {
+        rig.write(&load.events(2000));
+    }
+    for kill in 0..6 {
+        let (running, before) = (rig.consume(), rig.stored());
+        rig.write(&load.events(3000));
+        // It dies wherever it happens to be after its first batches.
+        eventually("it reads", || rig.stored() > before + 17 * kill);
         running.kill();
     }
     rig.consume_until_end();
+    rig.assert_board();
+}
+
+#[test]
+fn a_batch_is_applied_once_and_only_on_what_it_builds_on() {
+    let mut rig = Rig::new("compare_and_set");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (store, event) = (Store::new(&rig.config).unwrap(), Ev::now(1));
+    let json = event.json();
+    let mut batch = Batch::default();
+    batch.add(&parse(json.as_bytes()).unwrap().unwrap());
+    let claim = runtime.block_on(store.claim("topic-1", None)).unwrap();
+    let apply = |generation: &str, from, next| {
+        let call = Call { generation, partition: 0, from, next, batch: &batch };
+        runtime.block_on(store.apply(&call)).unwrap()
+    };
+    let generation = claim.generation.as_str();
+    assert_eq!(apply(generation, Some(3), 9), Applied::Elsewhere, "nothing is stored yet");
+    assert_eq!(apply(generation, None, 1), Applied::Yes);
+    assert_eq!(apply(generation, None, 1), Applied::Yes, "the answer was lost, the call comes again");
+    assert_eq!(apply(generation, None, 7), Applied::Elsewhere, "another instance was first");
+    assert_eq!(apply("before", Some(1), 2), Applied::Elsewhere, "a generation that was given up");
+    rig.written.push(event);
+    rig.assert_board();
+    let other = runtime.block_on(store.claim("topic-2", None)).unwrap();
+    assert_eq!((other.replaced.as_deref(), other.offsets.len()), (Some("topic-1"), 0));
+    assert_ne!(other.generation, claim.generation);
+    rig.written.clear();
     rig.assert_board();
 }
 
@@ -208,7 +242,7 @@ fn without_a_terminal_a_report_is_one_json_line() {
     rig.write(&load.events(100));
     let out = rig.command(&["consume", "--sinks", "redis", "--until-end"]).output().unwrap();
     let line = String::from_utf8(out.stdout).unwrap();
-    let report: serde_json::Value = serde_json::from_str(line.lines().last().unwrap()).unwrap();
+    let report: Value = serde_json::from_str(line.lines().last().unwrap()).unwrap();
     let created = rig.written.iter().filter(|e| e.op == "c").count();
     assert_eq!(report["events"], created);
     assert_eq!(report["malformed"], 0);
