@@ -271,6 +271,8 @@ impl ConsumerContext for Rebalances {
 impl ClientContext for Rebalances {
     fn log(&self, level: RDKafkaLogLevel, fac: &str, message: &str) {
         match level {
+            // Lost connections also come as errors of a poll, where they are handled.
+            _ if fac == "FAIL" => debug!(target: "librdkafka", "{fac}: {message}"),
             RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error => {
                 error!(target: "librdkafka", "{fac}: {message}");
             }
@@ -281,6 +283,6 @@ impl ClientContext for Rebalances {
     }
 
     fn error(&self, e: KafkaError, reason: &str) {
-        warn!(error = %e, reason, "Kafka");
+        debug!(target: "librdkafka", error = %e, reason);
     }
 }

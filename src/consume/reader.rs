@@ -37,7 +37,7 @@ const LAST_REPORT: Duration = Duration::from_secs(2);
 /// How often Redis is asked whether it still stands where we left it, also without traffic.
 const COMPARE_EVERY: Duration = Duration::from_secs(1);
 /// How often Kafka is asked how far behind we are, and whether the topic is still the same.
-const LAG_EVERY: Duration = Duration::from_secs(5);
+const ASK_EVERY: Duration = Duration::from_secs(5);
 
 /// Feeds the board and reports on stdout until the shutdown, or until what was readable at the start is applied.
 ///
@@ -45,11 +45,13 @@ const LAG_EVERY: Duration = Duration::from_secs(5);
 /// Kafka or Redis unreachable at the start, or refusing; later outages are retried for ever.
 pub async fn run(world: &World, args: &Consume) -> Result<()> {
     let store = Arc::new(Store::new(&world.config)?);
-    let found = world.at_start("redis", || store.preflight()).await?;
-    info!("Redis: {found}");
     let input = Arc::new(Input::open(&world.config, TABLE)?);
+    let ready = async {
+        info!("Redis: {}", world.at_start("redis", || store.preflight()).await?);
+        world.at_start("kafka_board", || blocking(&input, Input::ends)).await
+    };
     let ends = tokio::select! {
-        ends = world.at_start("kafka_board", || blocking(&input, Input::ends)) => ends?,
+        ends = ready => ends?,
         () = world.stop.cancelled() => return Ok(()),
     };
     let latency = Arc::new(Latency::new());
@@ -64,6 +66,8 @@ pub async fn run(world: &World, args: &Consume) -> Result<()> {
         parts: BTreeMap::new(),
         others: BTreeMap::new(),
         until: args.until_end.then_some(ends),
+        ask_at: Instant::now(),
+        troubled: false,
     };
     let reading = tokio::task::spawn_blocking(move || reader.run());
     tokio::select! {
@@ -97,6 +101,10 @@ struct Reader {
     others: BTreeMap<i32, i64>,
     /// Where to stop, by partition.
     until: Option<BTreeMap<i32, i64>>,
+    /// When to ask Kafka for the lag.
+    ask_at: Instant,
+    /// Kafka has not answered since the client reported trouble.
+    troubled: bool,
 }
 
 /// A partition that is read: Redis stands at `stored`; `batch` leads from there to `next`.
@@ -117,7 +125,7 @@ impl Reader {
 
     fn follow(&mut self) -> Result<()> {
         self.input.subscribe()?;
-        let (mut compared, mut lag) = (Instant::now(), Instant::now());
+        let mut compared = Instant::now();
         while !self.world.stop.is_cancelled() {
             if let Some(partitions) = self.input.reassigned() {
                 self.find_places(&partitions)?;
@@ -131,9 +139,8 @@ impl Reader {
                 self.compare()?;
                 compared = Instant::now();
             }
-            if lag.elapsed() >= LAG_EVERY {
+            if Instant::now() >= self.ask_at {
                 self.measure_lag()?;
-                lag = Instant::now();
             }
             if self.at_end() {
                 break;
@@ -145,7 +152,9 @@ impl Reader {
     /// Reads these partitions from where Redis stands, or from where the window begins.
     fn find_places(&mut self, partitions: &[i32]) -> Result<()> {
         // Anything gathered but not applied is dropped here and read again.
-        self.parts.clear();
+        for partition in std::mem::take(&mut self.parts).into_keys() {
+            lag_gauge(partition).set(0.0);
+        }
         metrics::gauge!("falaj_consume_redis_partitions").set(partitions.len() as f64);
         if partitions.is_empty() {
             return Ok(());
@@ -196,10 +205,7 @@ impl Reader {
                     warn!(error = %why, "finding the place in Kafka anew");
                     return Ok(Found::Lost);
                 }
-                Polled::Trouble(e) if e.is_transient() => {
-                    self.world.health.failing("kafka_board", &e);
-                    warn!(error = %e, "Kafka is in trouble; the client goes on trying");
-                }
+                Polled::Trouble(e) if e.is_transient() => self.note_trouble(&e),
                 Polled::Trouble(e) => return Err(e),
             }
             if self.input.is_reassigned() || began.elapsed() >= MAX_AGE {
@@ -212,7 +218,6 @@ impl Reader {
 
     /// The end may be a control record, which no record's offset reaches.
     fn caught_up(&mut self, partition: i32) {
-        self.world.health.ok("kafka_board");
         let Some(part) = self.parts.get_mut(&partition) else { return };
         // The end was asked for before the first record was fetched, so that being caught up means to be past it.
         let end = self.until.as_ref().and_then(|ends| ends.get(&partition).copied());
@@ -274,18 +279,33 @@ impl Reader {
         self.find_places_again()
     }
 
+    /// The client connects again by itself and says so for each of its connections: one line is enough.
+    fn note_trouble(&mut self, why: &Error) {
+        if !self.troubled {
+            warn!(error = %why, "Kafka is in trouble; the client goes on trying");
+            self.troubled = true;
+            self.ask_at = Instant::now();
+        }
+    }
+
     /// Also sees a topic made anew that already holds as many records as the old one did.
     fn measure_lag(&mut self) -> Result<()> {
         let asked = self.input.topic_id().and_then(|id| {
             for (partition, part) in &self.parts {
                 let (_, end) = self.input.watermarks(*partition)?;
-                let lag = (end - part.next).max(0) as f64;
-                metrics::gauge!("falaj_consume_redis_lag_records", "partition" => partition.to_string()).set(lag);
+                lag_gauge(*partition).set((end - part.next).max(0) as f64);
             }
             Ok(id)
         });
+        self.ask_at = Instant::now() + ASK_EVERY;
+        if asked.is_ok() {
+            self.world.health.ok("kafka_board");
+            if std::mem::take(&mut self.troubled) {
+                info!("Kafka answers again");
+            }
+        }
         match asked {
-            Ok(id) if self.parts.is_empty() || id == self.topic_id => self.world.health.ok("kafka_board"),
+            Ok(id) if self.parts.is_empty() || id == self.topic_id => {}
             Ok(_) => return self.find_places_again(),
             Err(e) if e.is_transient() => self.world.health.failing("kafka_board", e),
             Err(e) => return Err(e),
@@ -305,6 +325,10 @@ impl Reader {
     fn redis<'a, T, F: Future<Output = Result<T>>>(&'a self, mut op: impl FnMut(&'a Store) -> F) -> Result<T> {
         self.runtime.block_on(self.world.for_ever("redis", || op(&self.store)))
     }
+}
+
+fn lag_gauge(partition: i32) -> metrics::Gauge {
+    metrics::gauge!("falaj_consume_redis_lag_records", "partition" => partition.to_string())
 }
 
 #[derive(PartialEq, Eq)]
