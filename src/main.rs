@@ -52,6 +52,8 @@ async fn dispatch(world: &World, verb: Verb) -> Result<()> {
     match verb {
         Verb::Consume(args) => falaj::consume::run(world, &args).await,
         Verb::Board(args) => falaj::consume::board(world, &args).await,
+        Verb::Produce(args) => falaj::produce::run(world, &args).await,
+        Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
         other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }

@@ -1,3 +1,6 @@
-//! Tests of the promises, against real servers: `eval "$(dev/stack env)"` first.
+//! Tests against real servers: `dev/stack up`, `eval "$(dev/stack env)"`, then `cargo test`.
 
 mod board;
+mod external;
+mod mock_external;
+mod setup;

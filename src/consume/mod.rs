@@ -5,6 +5,7 @@
 pub mod batch; //      what a run of records adds to the board
 pub mod board; //      the board as it is read and shown
 pub mod event; //      what the board reads of a record
+pub mod external; //   Kafka → outside HTTP system
 pub mod input; //      the board's side of Kafka
 pub mod latency; //    commit → applied
 pub mod reader; //     Kafka → batches → Redis: the loop
@@ -16,7 +17,7 @@ use futures_util::future::join_all;
 pub use board::{board, read_board};
 
 use crate::cli::{Consume, Outlet};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::world::World;
 
 /// Feeds the chosen outlets (all without `--sinks`) until the shutdown or, with `--until-end`, until each has
@@ -45,6 +46,6 @@ pub async fn run(world: &World, args: &Consume) -> Result<()> {
 async fn feed(world: &World, args: &Consume, outlet: Outlet) -> Result<()> {
     match outlet {
         Outlet::Redis => reader::run(world, args).await,
-        Outlet::External => Err(Error::Usage("the external outlet is not there yet".into())),
+        Outlet::External => external::run(world, args).await,
     }
 }
