@@ -54,6 +54,7 @@ async fn dispatch(world: &World, verb: Verb) -> Result<()> {
         Verb::Board(args) => falaj::consume::board(world, &args).await,
         Verb::Produce(args) => falaj::produce::run(world, &args).await,
         Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
+        Verb::Generate(args) => falaj::generate::run(world, &args).await,
         other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }

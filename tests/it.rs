@@ -1,6 +1,8 @@
-//! Tests against real servers: `dev/stack up`, `eval "$(dev/stack env)"`, then `cargo test`.
+//! Tests against real servers; their addresses come from the environment that `dev/stack env` prints.
 
 mod board;
+mod compose;
 mod external;
+mod generate;
 mod mock_external;
 mod setup;

@@ -6,6 +6,8 @@ use std::time::Duration;
 use falaj::consume::batch::Batch;
 use falaj::consume::event::parse;
 use falaj::consume::redis::{Applied, Call, Store};
+use falaj::mock_external::{Mock, serve};
+use tokio_util::sync::CancellationToken;
 
 use super::model::Load;
 use super::*;
@@ -234,6 +236,25 @@ fn a_topic_that_is_not_there_is_refused_with_78() {
     let out = rig.command(&["consume", "--sinks", "redis"]).output().unwrap();
     assert_eq!(out.status.code(), Some(78), "{}", stderr(&out));
     assert!(stderr(&out).contains("falaj init"), "{}", stderr(&out));
+}
+
+#[test]
+fn without_sinks_both_outlets_are_fed() {
+    let (mut rig, mut load) = (Rig::new("both"), Load::new(8));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let letters = rig.config.dead_letter_topic();
+    runtime.block_on(falaj::kafka::create_topic(&rig.config.kafka, &letters, 1, &[])).unwrap();
+    let peer = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+    rig.env.push(("FALAJ_EXTERNAL__URL".into(), format!("http://{}/events", peer.local_addr().unwrap())));
+    let mock = Mock::default();
+    runtime.spawn(serve(peer, mock.clone(), CancellationToken::new()));
+    rig.write(&load.events(300));
+    let out = rig.command(&["consume", "--until-end"]).output().unwrap();
+    assert_eq!(out.status.code(), Some(0), "{}", stderr(&out));
+    rig.assert_board();
+    let sent = rig.written.iter().filter(|e| e.op != "r").count() as u64;
+    let counts = mock.received().counts();
+    assert_eq!((counts.unique, counts.requests), (sent, sent));
 }
 
 #[test]
