@@ -104,6 +104,11 @@ impl Assembler {
         self.open.as_ref().map(|o| o.commit_lsn)
     }
 
+    /// Position that the next change of the open transaction will have.
+    pub fn next(&self) -> Option<Position> {
+        self.open.as_ref().map(|o| Position { commit_lsn: o.commit_lsn, ordinal: o.next })
+    }
+
     /// Takes the next message of the stream.
     ///
     /// # Errors

@@ -51,6 +51,7 @@ async fn run(cli: Cli) -> Result<()> {
 async fn dispatch(world: &World, verb: Verb) -> Result<()> {
     match verb {
         Verb::Generate(args) => falaj::generate::run(world, &args).await,
+        Verb::Produce(args) => falaj::produce::run(world, &args).await,
         other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }

@@ -1,4 +1,5 @@
-//! Tests against real servers; their addresses come from the environment that `dev/stack env` prints.
+//! Tests against real servers: `dev/stack up`, `eval "$(dev/stack env)"`, then `cargo test`.
 
 mod compose;
 mod generate;
+mod setup;

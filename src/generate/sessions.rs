@@ -154,7 +154,7 @@ mod tests {
         let catalog = Catalog::new(Vec::new(), &mut rng);
         let mut sessions = Sessions::new(rate, &catalog, &mut rng);
         let (mut last, mut gaps, mut returns) = (HashMap::new(), Vec::new(), 0);
-        for k in 0..400_000_i64 {
+        for k in 0..250_000_i64 {
             let now = k * 20_000;
             let session = sessions.next(now, &catalog, &mut rng);
             if let Some(before) = last.insert(session.user, now)

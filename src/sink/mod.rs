@@ -34,6 +34,9 @@ impl Durable {
 pub struct Stored(Checkpoint);
 
 impl Stored {
+    /// The position of a sink that has never stored anything: nothing may be acknowledged.
+    pub const NOTHING: Self = Self(Checkpoint { resume: Lsn(0), partial: None });
+
     /// The position.
     pub fn checkpoint(self) -> Checkpoint {
         self.0
