@@ -1,7 +1,9 @@
 //! Who acts next: users in sessions, with log-normal gaps within a session and at least half an hour between two.
 //!
-//! Row `k` of the load happens at `k / rate`. If a running session is due by then, it is its turn; otherwise a session begins.
-//! So rows keep the pace exactly, and the number of running sessions settles by itself where their gaps make up that pace.
+//! Row `k` of the load happens at `k / rate`. If a running session is due by then, it is its turn; otherwise a session
+//! begins.
+//! So rows keep the pace exactly, and the number of running sessions settles by itself where their gaps make up that
+//! pace.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};

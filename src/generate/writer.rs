@@ -94,7 +94,8 @@ impl Writer {
 
     /// Writes one transaction. `start` is the load's start in microseconds since 1970.
     ///
-    /// Where the connection breaks, Postgres is asked after the next connect what became of the transaction; it is written again
+    /// Where the connection breaks, Postgres is asked after the next connect what became of the transaction; it is
+    /// written again
     /// only if it was not committed. So no row is lost and none is there twice.
     ///
     /// # Errors
