@@ -24,5 +24,6 @@ pub mod upload; //      archive → BigQuery
 
 pub mod cli; //         the command line
 pub mod config; //      defaults < file < environment < flags
+pub mod init; //        publication, topics, slot, first lookup state
 pub mod kafka; //       what every Kafka client shares
 pub mod world; //       what main injects; the one retry policy

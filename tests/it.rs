@@ -1,5 +1,7 @@
-//! Tests against real servers: `dev/stack up`, `eval "$(dev/stack env)"`, then `cargo test`.
+//! Tests against real servers; their addresses come from the environment that `dev/stack env` prints.
 
 mod compose;
+mod external;
 mod generate;
+mod mock_external;
 mod setup;
