@@ -21,11 +21,11 @@ pub async fn run(world: &World, args: &cli::Init) -> Result<()> {
     let plan = Plan::make(world, args).await?;
     print!("{plan}");
     if plan.is_empty() {
-        println!("nothing to do: all is there");
+        println!("everything is there: nothing to do");
         return Ok(());
     }
     if !args.yes && !confirmed().await? {
-        println!("nothing was changed; to carry it out: falaj init --yes");
+        println!("nothing was changed; falaj init --yes carries it out");
         return Ok(());
     }
     plan.carry_out(world).await?;

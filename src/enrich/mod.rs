@@ -329,8 +329,7 @@ fn join(lookups: &[&LookupTable], lookup: &config::Lookup, on: usize, columns: &
     let known = &lookups[table].columns;
     let mut indexes = Vec::new();
     for name in &lookup.columns {
-        let at =
-            known.iter().position(|c| c.name == *name).ok_or_else(|| missing(&format!("column \"{name}\"")))?;
+        let at = known.iter().position(|c| c.name == *name).ok_or_else(|| missing(&format!("column \"{name}\"")))?;
         indexes.push(at);
         columns.push(OutColumn::new(name, Type::from_oid(known[at].type_oid, known[at].type_mod)));
     }

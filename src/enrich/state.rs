@@ -145,6 +145,14 @@ pub fn header(dir: &Path) -> Result<Option<BaseHeader>> {
     }
 }
 
+/// Like [`header`], where a state is needed.
+///
+/// # Errors
+/// [`Error::Refused`] when there is none.
+pub fn require_header(dir: &Path) -> Result<BaseHeader> {
+    header(dir)?.ok_or_else(|| missing(dir, "no base.jsonl"))
+}
+
 /// Reads the state as of `upto`: hands every base row and every logged change below `upto.resume` to `apply`, in order,
 /// forgets the later ones, which the stream will bring again, and returns the header and the open log.
 ///

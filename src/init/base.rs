@@ -88,7 +88,13 @@ fn typed(column: &Column) -> ColumnType {
 ///
 /// # Errors
 /// [`Error::Refused`] for want of SELECT; [`Error::Unreachable`]; [`Error::Fatal`] when the disk refuses.
-pub(super) async fn write(client: &Client, snapshot: Option<&str>, header: &BaseHeader, lookups: &[Lookup], dir: &Path) -> Result<u64> {
+pub(super) async fn write(
+    client: &Client,
+    snapshot: Option<&str>,
+    header: &BaseHeader,
+    lookups: &[Lookup],
+    dir: &Path,
+) -> Result<u64> {
     let failed = |e: tokio_postgres::Error| sql_error("reading the lookup rows", &e);
     let import = snapshot.map(|s| format!("SET TRANSACTION SNAPSHOT {};", literal(s))).unwrap_or_default();
     let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {import}");

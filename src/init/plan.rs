@@ -58,7 +58,7 @@ impl Plan {
         let client = world.at_start("postgres", || conninfo.sql(APPLICATION)).await?;
         require::version(&client).await?;
         require::wal_level(&client).await?;
-        let identity = identify(&conninfo, &config.postgres.slot).await?;
+        let identity = require::identity(&conninfo, &config.postgres.slot).await?;
         let mut plan = Self { conninfo, client, identity, present: Vec::new(), steps: Vec::new() };
         let made = if args.with_tables { plan.plan_tables().await? } else { Vec::new() };
         let published = plan.plan_publication(config, &made).await?;
@@ -119,7 +119,10 @@ impl Plan {
         if tables.is_empty() {
             return Err(Error::refused(
                 "publication",
-                format!("no publication \"{name}\", and none of the configured tables: {}", configured(config).join(", ")),
+                format!(
+                    "no publication \"{name}\", and none of the configured tables: {}",
+                    configured(config).join(", ")
+                ),
                 "a publication of the tables to stream",
                 "falaj init --with-tables, or name your tables in [[table]], or CREATE PUBLICATION by hand",
             ));
@@ -219,7 +222,9 @@ impl Plan {
         };
         let Err(error) = written else { return Ok(()) };
         match wire.query(&format!("DROP_REPLICATION_SLOT {}", ident(slot))).await {
-            Ok(_) => tracing::error!("the lookup rows could not be written; the slot \"{slot}\" just made was dropped again"),
+            Ok(_) => {
+                tracing::error!("the lookup rows could not be written; the slot \"{slot}\" just made was dropped again")
+            }
             Err(drop) => tracing::error!(
                 error = %drop,
                 "the lookup rows could not be written, and the slot just made is still there: SELECT pg_drop_replication_slot('{slot}')"
@@ -314,12 +319,6 @@ async fn topics(config: &std::sync::Arc<Config>) -> Result<BTreeMap<String, usiz
     tokio::task::spawn_blocking(read).await.map_err(|e| Error::fatal("reading the topics", e))?
 }
 
-async fn identify(conninfo: &Conninfo, slot: &str) -> Result<SlotIdentity> {
-    let mut wire = Wire::connect(conninfo, APPLICATION).await?;
-    let system = wire.identify_system().await.map_err(|e| e.into_error("IDENTIFY_SYSTEM"))?;
-    Ok(SlotIdentity { system_id: system.system_id, timeline: system.timeline, slot: slot.to_owned() })
-}
-
 /// Creates the slot. Gives its consistent point and the snapshot's name, which holds until the next command.
 async fn new_slot(wire: &mut Wire, slot: &str) -> Result<(Lsn, String)> {
     // The older spelling of SNAPSHOT 'export': Postgres 14 knows no other.
@@ -333,7 +332,8 @@ async fn new_slot(wire: &mut Wire, slot: &str) -> Result<(Lsn, String)> {
         ),
         other => other.into_error("CREATE_REPLICATION_SLOT"),
     })?;
-    match rows.into_iter().next().map(Vec::into_iter).map(Iterator::flatten).map(Iterator::collect::<Vec<_>>).as_deref() {
+    match rows.into_iter().next().map(Vec::into_iter).map(Iterator::flatten).map(Iterator::collect::<Vec<_>>).as_deref()
+    {
         Some([_, at, snapshot, _]) => match at.parse() {
             Ok(at) => Ok((at, snapshot.clone())),
             Err(e) => Err(Error::fatal("CREATE_REPLICATION_SLOT", e)),

@@ -3,6 +3,7 @@
 //! Order of the start: connect → take the slot → fence every sink and read its position → refuse what does not fit →
 //! build the lookup rows as of the lowest position → walk. Nothing is written before all of it has held.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::select_all;
@@ -13,8 +14,10 @@ use super::until::{Reached, Until};
 use super::walk::Walk;
 use crate::config::{Config, SinkName};
 use crate::enrich::Enricher;
-use crate::error::{Error, Result};
+use crate::enrich::state::require_header;
+use crate::error::Result;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
+use crate::sink::discard::Discard;
 use crate::sink::{self, Durable, Opened, Sink, Stored};
 use crate::source::conn::Conninfo;
 use crate::source::slot::{self, SlotState};
@@ -46,10 +49,8 @@ impl Session {
         let conninfo = Conninfo::parse(&config.postgres.url)?;
         let client = conninfo.sql(APPLICATION).await?;
         let Some((stream, identity)) = take_slot(world, &conninfo, &client).await? else { return Ok(None) };
-        match Self::build(world, chosen, client, stream, identity).await {
-            Ok(session) => Ok(Some(session)),
-            Err(error) => Err(error),
-        }
+        let database = conninfo.dbname();
+        Self::build(world, chosen, client, stream, identity, database).await.map(Some)
     }
 
     async fn build(
@@ -58,13 +59,14 @@ impl Session {
         client: Client,
         stream: Stream,
         identity: SlotIdentity,
+        database: &str,
     ) -> Result<Self> {
         let config = &world.config;
         // Read anew: only now, with the slot in our hands, can nobody else move it.
         let state = slot::read(&client, &config.postgres.slot).await?;
-        let confirmed = slot::require(&config.postgres.slot, state, &database(&client).await?)?.confirmed_flush_lsn;
+        let confirmed = slot::require(&config.postgres.slot, state, database)?.confirmed_flush_lsn;
         let server = slot::server_lsn(&client).await?;
-        let origin = crate::enrich::state::header(&config.state.dir)?.map_or(Lsn(0), |h| h.origin);
+        let origin = require_header(&config.state.dir)?.origin;
         let (mut sinks, mut left_out, mut lowest) = (Vec::new(), Vec::new(), None::<Checkpoint>);
         for name in &config.produce.sinks {
             let (label, position) = if chosen.contains(name) {
@@ -73,7 +75,7 @@ impl Session {
                 sinks.push(sink);
                 (label, position)
             } else {
-                peek(*name, world, &identity).await?
+                peek(*name, config, &identity).await?
             };
             let at = slot::require_position(label, position.map(Stored::checkpoint), confirmed, origin, server)?;
             lowest = Some(lowest.map_or(at, |l| if l.covers(at) { at } else { l }));
@@ -82,12 +84,36 @@ impl Session {
                 left_out.push(position.unwrap_or(Stored::NOTHING));
             }
         }
-        let lowest = lowest.unwrap_or(Checkpoint::whole(confirmed));
-        let start = Checkpoint::whole(lowest.resume);
-        let enricher = Enricher::load(&config.state.dir, start, &identity, &config.tables)?;
-        info!(%confirmed, from = %lowest.resume, lookup_rows = enricher.rows(), "streaming");
+        let outlets = Outlets { sinks, left_out };
+        Self::start(config, client, stream, outlets, &identity, lowest.map_or(confirmed, |l| l.resume))
+    }
+
+    /// Builds the lookup rows as of `from`, where the walk begins.
+    fn start(
+        config: &Config,
+        client: Client,
+        stream: Stream,
+        outlets: Outlets,
+        identity: &SlotIdentity,
+        from: Lsn,
+    ) -> Result<Self> {
+        let start = Checkpoint::whole(from);
+        let enricher = Enricher::load(&config.state.dir, start, identity, &config.tables)?;
+        info!(%from, lookup_rows = enricher.rows(), "streaming");
         let walk = Walk::new(client, enricher, config.tables.clone(), start);
-        Ok(Self { stream, outlets: Outlets { sinks, left_out }, walk })
+        Ok(Self { stream, outlets, walk })
+    }
+
+    /// A session that encodes every event and keeps none: nothing is acknowledged. For measurements.
+    pub(super) async fn discarding(world: &World) -> Result<Option<Self>> {
+        let config = &world.config;
+        let conninfo = Conninfo::parse(&config.postgres.url)?;
+        let client = conninfo.sql(APPLICATION).await?;
+        let Some((stream, identity)) = take_slot(world, &conninfo, &client).await? else { return Ok(None) };
+        let state =
+            slot::require(&config.postgres.slot, slot::read(&client, &config.postgres.slot).await?, conninfo.dbname())?;
+        let outlets = Outlets { sinks: vec![Box::new(Discard::default())], left_out: vec![Stored::NOTHING] };
+        Self::start(config, client, stream, outlets, &identity, state.confirmed_flush_lsn).map(Some)
     }
 
     /// Walks a chunk, then lets the sinks hand over what is due.
@@ -170,7 +196,7 @@ async fn take_slot(world: &World, conninfo: &Conninfo, client: &Client) -> Resul
     let (config, mut told) = (&world.config.postgres, None::<Instant>);
     let binary = slot::can_be_binary(client, &config.publication).await?;
     loop {
-        slot::require(&config.slot, slot::read(client, &config.slot).await?, &database(client).await?)?;
+        slot::require(&config.slot, slot::read(client, &config.slot).await?, conninfo.dbname())?;
         let mut wire = Wire::connect(conninfo, APPLICATION).await?;
         let system = wire.identify_system().await.map_err(|e| e.into_error("IDENTIFY_SYSTEM"))?;
         let identity =
@@ -205,11 +231,6 @@ fn start_command(slot: &str, publication: &str, binary: bool) -> String {
     )
 }
 
-async fn database(client: &Client) -> Result<String> {
-    let row = client.query_one("SELECT pg_catalog.current_database()::text", &[]).await;
-    row.map(|row| row.get(0)).map_err(|e| Error::unreachable("Postgres", e))
-}
-
 async fn open_sink(name: SinkName, world: &World, identity: &SlotIdentity) -> Result<Opened> {
     match name {
         SinkName::Kafka => sink::kafka::open(world.config.clone(), identity).await,
@@ -217,27 +238,14 @@ async fn open_sink(name: SinkName, world: &World, identity: &SlotIdentity) -> Re
     }
 }
 
-async fn peek(name: SinkName, world: &World, identity: &SlotIdentity) -> Result<(&'static str, Option<Stored>)> {
-    Ok(match name {
-        SinkName::Kafka => ("kafka", sink::kafka::peek(world.config.clone(), identity).await?),
-        SinkName::Archive => ("archive", sink::parquet::peek(&world.config, identity)?),
-    })
-}
-
-/// Positions of the configured sinks, for `status`.
-///
-/// # Errors
-/// As the sinks' own.
-pub async fn positions(
-    config: &std::sync::Arc<Config>,
+/// Reads a sink's position without taking the sink over.
+pub(super) async fn peek(
+    name: SinkName,
+    config: &Arc<Config>,
     identity: &SlotIdentity,
-) -> Result<Vec<(&'static str, Option<Stored>)>> {
-    let mut found = Vec::new();
-    for name in &config.produce.sinks {
-        found.push(match name {
-            SinkName::Kafka => ("kafka", sink::kafka::peek(config.clone(), identity).await?),
-            SinkName::Archive => ("archive", sink::parquet::peek(config, identity)?),
-        });
-    }
-    Ok(found)
+) -> Result<(&'static str, Option<Stored>)> {
+    Ok(match name {
+        SinkName::Kafka => ("kafka", sink::kafka::peek(Arc::clone(config), identity).await?),
+        SinkName::Archive => ("archive", sink::parquet::peek(config, identity)?),
+    })
 }

@@ -103,8 +103,7 @@ async fn describe(client: &Client, row: &Row, listed: Option<Vec<String>>) -> Re
         found.iter().filter_map(|r| Some((r.get::<_, Option<i32>>(4)?, r.get(0)))).collect();
     key.sort();
     let is_listed = |name: &str| listed.as_ref().is_none_or(|l| l.iter().any(|c| c == name));
-    let column =
-        |r: &Row| Column { name: r.get(0), type_oid: r.get(1), type_mod: r.get(2), identity: r.get(3) };
+    let column = |r: &Row| Column { name: r.get(0), type_oid: r.get(1), type_mod: r.get(2), identity: r.get(3) };
     let relation = Relation {
         oid,
         namespace: row.get(1),

@@ -1,0 +1,79 @@
+//! What falaj needs of everything else: the archive's directory, Redis, the outside HTTP system, BigQuery.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use reqwest::Url;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::{Finding, PATIENCE};
+use crate::config::{Config, SinkName};
+use crate::error::{Error, Result};
+
+/// Tries everything at the same time.
+pub(super) async fn findings(config: &Arc<Config>) -> Vec<Finding> {
+    let has = |sink| config.produce.sinks.contains(&sink);
+    let (kafka, archive) = (has(SinkName::Kafka), has(SinkName::Archive));
+    let redis = async {
+        if !kafka {
+            return None;
+        }
+        let outcome = within("Redis", crate::consume::redis::preflight(config)).await;
+        Some(Finding::of("redis", "Redis 7 or later that evicts nothing", outcome))
+    };
+    let external = async {
+        if !kafka {
+            return None;
+        }
+        Some(Finding::of("external", "an HTTP server that answers", external(&config.external.url).await))
+    };
+    let (redis, external) = tokio::join!(redis, external);
+    let directory =
+        archive.then(|| Finding::of("archive_dir", "a directory to write to", writable(&config.archive.dir)));
+    [directory, redis, external].into_iter().flatten().collect()
+}
+
+async fn within<T>(what: &str, attempt: impl Future<Output = Result<T>>) -> Result<T> {
+    match timeout(PATIENCE, attempt).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(Error::unreachable(what, format!("no answer within {PATIENCE:?}"))),
+    }
+}
+
+/// Writes and removes a file in the directory, or in the nearest one above it that exists.
+fn writable(dir: &Path) -> Result<String> {
+    let refuse = |at: &Path, e: std::io::Error| {
+        Error::refused(
+            "archive_dir",
+            format!("{}: {e}", at.display()),
+            "a directory that this user may write",
+            "mend its rights, or choose another archive.dir",
+        )
+    };
+    let absolute = std::path::absolute(dir).map_err(|e| refuse(dir, e))?;
+    let existing = absolute.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let probe = existing.join(format!(".falaj-check-{}", std::process::id()));
+    let opened = std::fs::OpenOptions::new().write(true).create_new(true).open(&probe);
+    opened.map_err(|e| refuse(existing, e))?;
+    std::fs::remove_file(&probe).map_err(|e| refuse(&probe, e))?;
+    let made = if existing == absolute { "" } else { " (to be made)" };
+    Ok(format!("{}{made}", dir.display()))
+}
+
+/// A connection is enough: no request is sent that the other side could take for an event.
+async fn external(url: &str) -> Result<String> {
+    let refuse =
+        |found: String| Error::refused("external_url", found, "an http:// or https:// address", "mend external.url");
+    let parsed = Url::parse(url).map_err(|e| refuse(format!("external.url = {url:?}: {e}")))?;
+    let (Some(host), Some(port)) = (parsed.host_str(), parsed.port_or_known_default()) else {
+        return Err(refuse(format!("external.url = {url:?} names no host")));
+    };
+    let what = format!("the outside system at {host}:{port}");
+    let address = (host.trim_matches(['[', ']']), port);
+    match timeout(PATIENCE, TcpStream::connect(address)).await {
+        Ok(Ok(_)) => Ok(format!("{host}:{port} accepts connections")),
+        Ok(Err(e)) => Err(Error::unreachable(what, e)),
+        Err(_) => Err(Error::unreachable(what, format!("no answer within {PATIENCE:?}"))),
+    }
+}
