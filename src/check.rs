@@ -4,7 +4,7 @@
 //! once, all of them at the same time, a few seconds at most.
 
 mod kafka;
-mod peers;
+pub mod peers;
 pub mod postgres;
 
 use std::fmt::Write as _;

@@ -1,6 +1,8 @@
 //! Reaching Postgres, `init` and `check`, against real servers.
 
+mod place;
 mod server;
+mod verbs;
 
 use falaj::source::conn::Conninfo;
 use falaj::source::wire::{Wire, WireError};

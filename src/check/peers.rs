@@ -30,8 +30,10 @@ pub(super) async fn findings(config: &Arc<Config>) -> Vec<Finding> {
     };
     let (redis, external) = tokio::join!(redis, external);
     let directory =
-        archive.then(|| Finding::of("archive_dir", "a directory to write to", writable(&config.archive.dir)));
-    [directory, redis, external].into_iter().flatten().collect()
+        |check, key: &str, dir: &Path| Finding::of(check, "a directory to write to", writable(check, key, dir));
+    let state = Some(directory("state_dir", "state.dir", &config.state.dir));
+    let archive = archive.then(|| directory("archive_dir", "archive.dir", &config.archive.dir));
+    [state, archive, redis, external].into_iter().flatten().collect()
 }
 
 async fn within<T>(what: &str, attempt: impl Future<Output = Result<T>>) -> Result<T> {
@@ -42,14 +44,13 @@ async fn within<T>(what: &str, attempt: impl Future<Output = Result<T>>) -> Resu
 }
 
 /// Writes and removes a file in the directory, or in the nearest one above it that exists.
-fn writable(dir: &Path) -> Result<String> {
+///
+/// # Errors
+/// [`Error::Refused`] under the name of the check; `key` is the setting to change.
+pub fn writable(check: &'static str, key: &str, dir: &Path) -> Result<String> {
     let refuse = |at: &Path, e: std::io::Error| {
-        Error::refused(
-            "archive_dir",
-            format!("{}: {e}", at.display()),
-            "a directory that this user may write",
-            "mend its rights, or choose another archive.dir",
-        )
+        let fix = format!("mend its rights, or choose another {key}");
+        Error::refused(check, format!("{}: {e}", at.display()), "a directory that this user may write", fix)
     };
     let absolute = std::path::absolute(dir).map_err(|e| refuse(dir, e))?;
     let existing = absolute.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));

@@ -8,6 +8,7 @@ use tokio_postgres::Client;
 use tracing::info;
 
 use super::base::{self, Lookup};
+use crate::check::peers::writable;
 use crate::check::postgres as require;
 use crate::cli;
 use crate::config::{Config, SinkName};
@@ -160,6 +161,7 @@ impl Plan {
     async fn plan_slot(&mut self, config: &Config, adopt: bool) -> Result<()> {
         let name = config.postgres.slot.clone();
         let state = config.state.dir.display().to_string();
+        writable("state_dir", "state.dir", &config.state.dir)?;
         let base = state::header(&config.state.dir)?;
         require::state_is_ours(&config.state.dir, base.as_ref(), &self.identity)?;
         let Some(found) = slot::read(&self.client, &name).await? else {
