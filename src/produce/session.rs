@@ -49,71 +49,37 @@ impl Session {
         let conninfo = Conninfo::parse(&config.postgres.url)?;
         let client = conninfo.sql(APPLICATION).await?;
         let Some((stream, identity)) = take_slot(world, &conninfo, &client).await? else { return Ok(None) };
-        let database = conninfo.dbname();
-        Self::build(world, chosen, client, stream, identity, database).await.map(Some)
-    }
-
-    async fn build(
-        world: &World,
-        chosen: &[SinkName],
-        client: Client,
-        stream: Stream,
-        identity: SlotIdentity,
-        database: &str,
-    ) -> Result<Self> {
-        let config = &world.config;
-        // Read anew: only now, with the slot in our hands, can nobody else move it.
-        let state = slot::read(&client, &config.postgres.slot).await?;
-        let confirmed = slot::require(&config.postgres.slot, state, database)?.confirmed_flush_lsn;
-        let server = slot::server_lsn(&client).await?;
-        let origin = require_header(&config.state.dir)?.origin;
-        let (mut sinks, mut left_out, mut lowest) = (Vec::new(), Vec::new(), None::<Checkpoint>);
-        for name in &config.produce.sinks {
-            let (label, position) = if chosen.contains(name) {
-                let Opened { sink, position } = open_sink(*name, world, &identity).await?;
-                let label = sink.name();
-                sinks.push(sink);
-                (label, position)
-            } else {
-                peek(*name, config, &identity).await?
-            };
-            let at = slot::require_position(label, position.map(Stored::checkpoint), confirmed, origin, server)?;
-            lowest = Some(lowest.map_or(at, |l| if l.covers(at) { at } else { l }));
-            if !chosen.contains(name) {
-                // Without a stored position it holds the acknowledgement where it is.
-                left_out.push(position.unwrap_or(Stored::NOTHING));
+        let slot = Slot { client: &client, database: conninfo.dbname(), identity: &identity };
+        match slot
+            .open_outlets(world, chosen)
+            .await
+            .and_then(|(outlets, from)| slot.lookups(world, from).map(|e| (outlets, from, e)))
+        {
+            Ok((outlets, from, enricher)) => Ok(Some(Self::start(world, client, stream, outlets, enricher, from))),
+            Err(error) => {
+                // Let the slot go before the caller tries again: else it would meet itself there.
+                stream.finish().await;
+                Err(error)
             }
         }
-        let outlets = Outlets { sinks, left_out };
-        Self::start(config, client, stream, outlets, &identity, lowest.map_or(confirmed, |l| l.resume))
-    }
-
-    /// Builds the lookup rows as of `from`, where the walk begins.
-    fn start(
-        config: &Config,
-        client: Client,
-        stream: Stream,
-        outlets: Outlets,
-        identity: &SlotIdentity,
-        from: Lsn,
-    ) -> Result<Self> {
-        let start = Checkpoint::whole(from);
-        let enricher = Enricher::load(&config.state.dir, start, identity, &config.tables)?;
-        info!(%from, lookup_rows = enricher.rows(), "streaming");
-        let walk = Walk::new(client, enricher, config.tables.clone(), start);
-        Ok(Self { stream, outlets, walk })
     }
 
     /// A session that encodes every event and keeps none: nothing is acknowledged. For measurements.
     pub(super) async fn discarding(world: &World) -> Result<Option<Self>> {
-        let config = &world.config;
-        let conninfo = Conninfo::parse(&config.postgres.url)?;
+        let conninfo = Conninfo::parse(&world.config.postgres.url)?;
         let client = conninfo.sql(APPLICATION).await?;
         let Some((stream, identity)) = take_slot(world, &conninfo, &client).await? else { return Ok(None) };
-        let state =
-            slot::require(&config.postgres.slot, slot::read(&client, &config.postgres.slot).await?, conninfo.dbname())?;
-        let outlets = Outlets { sinks: vec![Box::new(Discard::default())], left_out: vec![Stored::NOTHING] };
-        Self::start(config, client, stream, outlets, &identity, state.confirmed_flush_lsn).map(Some)
+        let slot = Slot { client: &client, database: conninfo.dbname(), identity: &identity };
+        let from = slot.confirmed(world).await?;
+        let enricher = slot.lookups(world, from)?;
+        let outlets = Outlets { sinks: vec![Box::new(Discard::default())], left_out: Vec::new() };
+        Ok(Some(Self::start(world, client, stream, outlets, enricher, from)))
+    }
+
+    fn start(world: &World, client: Client, stream: Stream, outlets: Outlets, enricher: Enricher, from: Lsn) -> Self {
+        info!(%from, lookup_rows = enricher.rows(), "streaming");
+        let walk = Walk::new(client, enricher, world.config.tables.clone(), Checkpoint::whole(from));
+        Self { stream, outlets, walk }
     }
 
     /// Walks a chunk, then lets the sinks hand over what is due.
@@ -188,6 +154,50 @@ impl Outlets {
             }
         }
         Ok(())
+    }
+}
+
+/// The slot while this session holds it: nobody else can move it.
+struct Slot<'a> {
+    client: &'a Client,
+    database: &'a str,
+    identity: &'a SlotIdentity,
+}
+
+impl Slot<'_> {
+    async fn confirmed(&self, world: &World) -> Result<Lsn> {
+        let name = &world.config.postgres.slot;
+        let state = slot::read(self.client, name).await?;
+        Ok(slot::require(name, state, self.database)?.confirmed_flush_lsn)
+    }
+
+    /// Fences the sinks, reads their positions, and refuses those that do not fit. Also says where the walk begins.
+    async fn open_outlets(&self, world: &World, chosen: &[SinkName]) -> Result<(Outlets, Lsn)> {
+        let config = &world.config;
+        let confirmed = self.confirmed(world).await?;
+        let server = slot::server_lsn(self.client).await?;
+        let origin = require_header(&config.state.dir)?.origin;
+        let (mut outlets, mut from) = (Outlets { sinks: Vec::new(), left_out: Vec::new() }, None::<Lsn>);
+        for name in &config.produce.sinks {
+            let (label, position) = if chosen.contains(name) {
+                let Opened { sink, position } = open_sink(*name, world, self.identity).await?;
+                outlets.sinks.push(sink);
+                (outlets.sinks[outlets.sinks.len() - 1].name(), position)
+            } else {
+                let (label, position) = peek(*name, config, self.identity).await?;
+                // Without a stored position it holds the acknowledgement where it is.
+                outlets.left_out.push(position.unwrap_or(Stored::NOTHING));
+                (label, position)
+            };
+            let at = slot::require_position(label, position.map(Stored::checkpoint), confirmed, origin, server)?;
+            from = Some(from.map_or(at.resume, |lowest| lowest.min(at.resume)));
+        }
+        Ok((outlets, from.unwrap_or(confirmed)))
+    }
+
+    fn lookups(&self, world: &World, from: Lsn) -> Result<Enricher> {
+        let config = &world.config;
+        Enricher::load(&config.state.dir, Checkpoint::whole(from), self.identity, &config.tables)
     }
 }
 

@@ -163,8 +163,9 @@ impl Walk {
         until: Option<&mut Until>,
     ) -> Result<Option<Reached>> {
         if let Some(until) = until {
-            let begun = |s: &Box<dyn Sink>| s.stored().checkpoint().partial.is_some_and(|p| p.commit_lsn == commit_lsn);
-            let reached = until.commit(commit_lsn, end_lsn, sinks.iter().any(begun))?;
+            let mut halves = sinks.iter().filter_map(|s| s.stored().checkpoint().partial);
+            let begun = halves.any(|p| p.commit_lsn == commit_lsn);
+            let reached = until.commit(commit_lsn, end_lsn, begun)?;
             if reached.is_some() {
                 return Ok(reached);
             }
