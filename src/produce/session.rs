@@ -205,16 +205,20 @@ impl Slot<'_> {
 async fn take_slot(world: &World, conninfo: &Conninfo, client: &Client) -> Result<Option<(Stream, SlotIdentity)>> {
     let (config, mut told) = (&world.config.postgres, None::<Instant>);
     let binary = slot::can_be_binary(client, &config.publication).await?;
+    let command = start_command(&config.slot, &config.publication, binary);
     loop {
         slot::require(&config.slot, slot::read(client, &config.slot).await?, conninfo.dbname())?;
-        let mut wire = Wire::connect(conninfo, APPLICATION).await?;
-        let system = wire.identify_system().await.map_err(|e| e.into_error("IDENTIFY_SYSTEM"))?;
-        let identity =
-            SlotIdentity { system_id: system.system_id, timeline: system.timeline, slot: config.slot.clone() };
-        match wire.copy_both(&start_command(&config.slot, &config.publication, binary)).await {
-            Ok(connection) => {
+        let (conninfo, command) = (conninfo.clone(), command.clone());
+        let connect = move || async move {
+            let mut wire = Wire::connect(&conninfo, APPLICATION).await?;
+            let system = wire.identify_system().await?;
+            Ok((wire.copy_both(&command).await?, system))
+        };
+        match Stream::open(world.config.produce.queue_bytes.0, connect).await {
+            Ok((stream, system)) => {
                 world.health.ok("slot");
-                return Ok(Some((Stream::start(connection, world.config.produce.queue_bytes.0)?, identity)));
+                let (system_id, timeline) = (system.system_id, system.timeline);
+                return Ok(Some((stream, SlotIdentity { system_id, timeline, slot: config.slot.clone() })));
             }
             Err(WireError::Server(e)) if e.code == "55006" => {
                 world.health.failing("slot", &e.message);
