@@ -73,7 +73,7 @@ impl Postgres {
     async fn publication(&mut self, config: &Config, client: &Client) {
         let name = &config.postgres.publication;
         let tables = async {
-            slot::can_be_binary(client, name).await?;
+            slot::wire_form(client, name).await?;
             catalog::published(client, name).await
         };
         let tables = match tables.await {

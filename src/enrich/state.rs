@@ -218,6 +218,22 @@ impl ChangeLog {
         Ok(Self { dir: dir.to_owned(), out: BufWriter::new(file), dirty: false })
     }
 
+    /// Size of the log, in bytes.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] with the path when the disk refuses.
+    pub fn bytes(&self) -> Result<u64> {
+        at(&self.dir, self.out.get_ref().metadata().map(|m| m.len()))
+    }
+
+    /// Opens the log of a base that was just written.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] with the path when the disk refuses.
+    pub fn empty(dir: &Path) -> Result<Self> {
+        Self::open(dir, |_| Ok(false))
+    }
+
     /// Adds an entry; durable only after [`ChangeLog::sync`].
     ///
     /// # Errors
