@@ -48,8 +48,9 @@ async fn run(cli: Cli) -> Result<()> {
     dispatch(&world, cli.verb).await
 }
 
-async fn dispatch(_world: &World, verb: Verb) -> Result<()> {
+async fn dispatch(world: &World, verb: Verb) -> Result<()> {
     match verb {
+        Verb::Upload(args) => falaj::upload::run(world, &args).await,
         other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }
