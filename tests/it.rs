@@ -1,1 +1,3 @@
-fn main() {}
+//! Tests against real servers: addresses come from the `FALAJ_…` variables that `dev/stack env` prints.
+
+mod upload;
