@@ -6,7 +6,7 @@ mod proxy;
 
 use std::process::Stdio;
 
-use bench::{Bench, ids, row, rows, text, until};
+use bench::{Bench, Guard, ids, row, rows, text, until};
 
 #[test]
 fn without_a_project_there_is_nothing_to_do_and_the_files_stay() {
@@ -27,7 +27,7 @@ fn data_set_tables_and_views_are_created_and_every_value_arrives() {
     assert_eq!(bench.ids("events"), ids(&history));
     assert_eq!(bench.ids("app_other"), ids(&rows(0, 2)));
 
-    let sql = "SELECT id, count, title, share, CAST(price AS STRING), FORMAT_TIMESTAMP('%F %T', at), CAST(day AS STRING), good, \
+    let sql = "SELECT id, count, title, share, price = NUMERIC '2.07', FORMAT_TIMESTAMP('%F %T', at), CAST(day AS STRING), good, \
                _op, _lsn, _commit_lsn, _ordinal, _unchanged FROM `DATASET.events` WHERE _id = '000000000000000A:0000000001'";
     let values: Vec<String> = bench.query(sql).remove(0).into_iter().map(|v| v.unwrap_or("NULL".into())).collect();
     assert_eq!(
@@ -37,7 +37,7 @@ fn data_set_tables_and_views_are_created_and_every_value_arrives() {
             "4",
             "عنوان 2",
             "0.5",
-            "2.07",
+            "true",
             "2023-11-14 22:13:20",
             "2022-01-08",
             "true",
@@ -227,12 +227,13 @@ fn it_runs_on_and_ends_with_0_on_sigterm() {
     let bench = Bench::new("loop");
     bench.seal(&[("events", &rows(0, 5))]);
     let mut command = bench.upload(&[]);
-    let mut process = command.env("FALAJ_BIGQUERY__LOAD_EVERY", "100ms").stdout(Stdio::null()).spawn().unwrap();
+    let command = command.env("FALAJ_BIGQUERY__LOAD_EVERY", "100ms").stdout(Stdio::null());
+    let mut process = Guard(command.spawn().unwrap());
     until("the first batch is loaded", || bench.loaded() == 1);
     bench.seal(&[("events", &rows(5, 9))]);
     until("the second batch is loaded", || bench.loaded() == 2);
-    terminate(process.id());
-    assert_eq!(process.wait().unwrap().code(), Some(0));
+    terminate(process.0.id());
+    assert_eq!(process.0.wait().unwrap().code(), Some(0));
     assert_eq!(bench.ids("events"), ids(&rows(0, 9)));
 }
 

@@ -15,7 +15,7 @@ use gcp_bigquery_client::model::query_request::QueryRequest;
 use gcp_bigquery_client::model::query_response::QueryResponse;
 use gcp_bigquery_client::model::table::Table;
 use gcp_bigquery_client::model::table_row::TableRow;
-use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::{RequestBuilder, Response, StatusCode};
 use serde::de::DeserializeOwned;
 
@@ -29,6 +29,8 @@ const GOOGLE: &str = "https://bigquery.googleapis.com";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest silence on a connection: a metadata request or an 8 MiB chunk may take this long.
 const READ_TIMEOUT: Duration = Duration::from_secs(120);
+/// What stands bare in a segment of an address.
+const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.');
 /// How much of an answer that is no JSON goes into a message.
 const BODY_CHARS: usize = 300;
 
@@ -117,23 +119,30 @@ impl BigQuery {
     /// # Errors
     /// As [`BigQuery::job`]; a location other than the configured one is refused.
     pub async fn ensure_dataset(&self) -> Result<()> {
+        if let Answer::Is(found) = self.find_dataset().await? {
+            return self.check_location(found.location.as_deref());
+        }
+        let wanted = Dataset::new(&self.project, &self.dataset).location(&self.location);
+        let doing = format!("creating data set {}", self.target());
+        match self.sort(&doing, self.client.dataset().create(wanted).await).await {
+            Ok(Answer::Is(_) | Answer::Exists) => Ok(()),
+            Ok(Answer::Absent) => Err(self.no_project()),
+            // Whatever went wrong, another process may have made it meanwhile.
+            Err(error) => match self.find_dataset().await? {
+                Answer::Is(_) => Ok(()),
+                _ => Err(error),
+            },
+        }
+    }
+
+    async fn find_dataset(&self) -> Result<Answer<Dataset>> {
         let url = format!(
             "{}/bigquery/v2/projects/{}/datasets/{}",
             self.base,
             segment(&self.project),
             segment(&self.dataset)
         );
-        let doing = format!("creating data set {}", self.target());
-        match self.get::<Dataset>(&format!("looking up data set {}", self.target()), &url, &[]).await? {
-            Answer::Is(found) => self.check_location(found.location.as_deref()),
-            Answer::Absent | Answer::Exists => {
-                let wanted = Dataset::new(&self.project, &self.dataset).location(&self.location);
-                match self.sort(&doing, self.client.dataset().create(wanted).await).await? {
-                    Answer::Is(_) | Answer::Exists => Ok(()),
-                    Answer::Absent => Err(self.no_project()),
-                }
-            }
-        }
+        self.get(&format!("looking up data set {}", self.target()), &url, &[]).await
     }
 
     fn check_location(&self, found: Option<&str>) -> Result<()> {
@@ -157,16 +166,20 @@ impl BigQuery {
         )
     }
 
-    /// Creates a table or view; `true` when it was absent.
+    /// Creates a table or view; one that exists is no error.
     ///
     /// # Errors
     /// As [`BigQuery::job`].
-    pub async fn create_table(&self, table: Table) -> Result<bool> {
-        let doing = format!("creating {}.{}", self.target(), table.table_id());
-        match self.sort(&doing, self.client.table().create(table).await).await? {
-            Answer::Is(_) => Ok(true),
-            Answer::Exists => Ok(false),
-            Answer::Absent => Err(self.no_project()),
+    pub async fn create_table(&self, table: Table) -> Result<()> {
+        let id = table.table_id().clone();
+        let doing = format!("creating {}.{id}", self.target());
+        match self.sort(&doing, self.client.table().create(table).await).await {
+            Ok(Answer::Is(_) | Answer::Exists) => Ok(()),
+            Ok(Answer::Absent) => Err(self.no_project()),
+            Err(error) => match self.table(&id).await? {
+                Answer::Is(_) => Ok(()),
+                _ => Err(error),
+            },
         }
     }
 
@@ -330,7 +343,7 @@ fn excerpt(body: &[u8]) -> String {
 }
 
 fn segment(text: &str) -> impl std::fmt::Display {
-    utf8_percent_encode(text, NON_ALPHANUMERIC)
+    utf8_percent_encode(text, SEGMENT)
 }
 
 /// The base address: configured, else the emulator's (`host:port` or a URL), else Google's.

@@ -1,7 +1,7 @@
 //! What each test has: an archive directory, a data set of its own, and the `falaj upload` binary.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -158,14 +158,17 @@ impl Bench {
         rows.into_iter().map(|mut row| row.remove(0).unwrap()).collect()
     }
 
-    /// `id state` of each load job of this test's data set, oldest first; state is `ok` or `failed`.
+    /// `id state` of each load job of this test's data set, oldest first; state is `ok`, `failed` or `running`.
     pub fn jobs(&self) -> Vec<(String, &'static str)> {
         let list = self.call("GET", &format!("/bigquery/v2/projects/{PROJECT}/jobs?maxResults=100000"), None);
         let ours =
             |job: &&Value| job["configuration"]["load"]["destinationTable"]["datasetId"] == self.dataset.as_str();
         let told = |job: &Value| {
-            assert_eq!(job["status"]["state"], "DONE", "{job}");
-            let state = if job["status"]["errorResult"].is_null() { "ok" } else { "failed" };
+            let state = match (job["status"]["state"].as_str(), job["status"]["errorResult"].is_null()) {
+                (Some("DONE"), true) => "ok",
+                (Some("DONE"), false) => "failed",
+                _ => "running",
+            };
             (job["jobReference"]["jobId"].as_str().unwrap().to_owned(), state)
         };
         let mut jobs: Vec<_> = list["jobs"].as_array().unwrap().iter().filter(ours).map(told).collect();
@@ -192,6 +195,16 @@ impl Bench {
             request.send().await.unwrap().json().await.unwrap()
         };
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+    }
+}
+
+/// A process that is killed when the test is through with it, also when it fails.
+pub struct Guard(pub Child);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use axum::http::Method;
 use rand::{Rng, SeedableRng};
 
-use super::bench::{Bench, ids, rows, text};
+use super::bench::{Bench, Guard, ids, rows, text};
 use super::proxy::{Fault, Proxy};
 
 const POST: Method = Method::POST;
@@ -69,10 +69,12 @@ fn the_upload_is_forgotten_by_the_service() {
 fn a_job_that_runs_is_waited_for() {
     let (bench, proxy) = behind_proxy("running");
     bench.seal(&[("events", &rows(0, 10))]);
+    let absent = r#"{"error":{"code":404,"message":"Not found: Job","errors":[]}}"#;
+    proxy.script(GET, JOB, 1, Fault::Answer(404, absent));
     proxy.script(PUT, UPLOAD, 1, Fault::StillRunning);
-    // The first look is before the job is sent.
-    proxy.script(GET, "nothing", 0, Fault::StillRunning);
+    proxy.script(GET, JOB, 2, Fault::StillRunning);
     assert_eq!(bench.loads(), bench.line(1, 10));
+    assert!(proxy.is_played());
     assert_eq!(bench.ids("events"), ids(&rows(0, 10)));
     assert_eq!(bench.loaded(), 1);
 }
@@ -154,7 +156,7 @@ fn two_copies_of_an_archive_make_one_chain() {
     let (bench, proxy) = behind_proxy("copies");
     bench.seal(&[("events", &rows(0, 10))]);
     proxy.script(PUT, UPLOAD, 1, Fault::HoldAnswer);
-    let mut first = bench.upload(&["--once"]).stdout(Stdio::null()).spawn().unwrap();
+    let first = Guard(bench.upload(&["--once"]).stdout(Stdio::null()).spawn().unwrap());
     proxy.held.recv_timeout(Duration::from_secs(60)).unwrap();
     // The other process knows nothing of the first one: no lock, no record, and more batches.
     let other = bench.dir.path().join("other");
@@ -166,8 +168,7 @@ fn two_copies_of_an_archive_make_one_chain() {
     proxy.script(GET, JOB, 1, Fault::Answer(404, r#"{"error":{"code":404,"message":"Not found: Job","errors":[]}}"#));
     let output = bench.once();
     assert!(output.status.success(), "{}", text(&output));
-    first.kill().unwrap();
-    first.wait().unwrap();
+    drop(first);
     assert!(proxy.is_played());
     assert_eq!(bench.ids("events"), ids(&rows(0, 15)));
     assert_eq!(bench.loaded(), 2);
@@ -209,13 +210,13 @@ fn kills_at_random_moments_double_and_lose_nothing() {
     let mut random = rand::rngs::StdRng::seed_from_u64(seed);
     for n in 0..10 {
         bench.seal(&[("a", &rows(n * 10, n * 10 + 10)), ("b", &rows(n * 10, n * 10 + 10))]);
-        let mut process = bench.upload(&["--once"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let command = &mut bench.upload(&["--once"]);
+        let mut process = Guard(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
         let moment = Instant::now() + Duration::from_millis(random.random_range(10..900));
-        while Instant::now() < moment && process.try_wait().unwrap().is_none() {
+        while Instant::now() < moment && process.0.try_wait().unwrap().is_none() {
             std::thread::yield_now();
         }
-        process.kill().unwrap();
-        process.wait().unwrap();
+        drop(process);
         if random.random_bool(0.3) {
             let _ = std::fs::remove_dir_all(bench.archive().join(".upload"));
         }
@@ -227,8 +228,6 @@ fn kills_at_random_moments_double_and_lose_nothing() {
 }
 
 fn kill_when_held(bench: &Bench, proxy: &Proxy) {
-    let mut process = bench.upload(&["--once"]).stdout(Stdio::null()).spawn().unwrap();
+    let _process = Guard(bench.upload(&["--once"]).stdout(Stdio::null()).spawn().unwrap());
     proxy.held.recv_timeout(Duration::from_secs(60)).unwrap();
-    process.kill().unwrap();
-    process.wait().unwrap();
 }
