@@ -27,7 +27,7 @@ use crate::lsn::{Lsn, Position};
 /// Google's own address.
 const GOOGLE: &str = "https://bigquery.googleapis.com";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// The longest silence on a connection: a metadata request or an 8 MiB chunk may take this long.
+/// The longest silence on a connection: a request with a chunk of a file may take this long.
 const READ_TIMEOUT: Duration = Duration::from_secs(120);
 /// What stands bare in a segment of an address.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.');

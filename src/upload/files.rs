@@ -15,7 +15,7 @@ use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
 use super::columns;
-use crate::archive::{META_PIPELINE, META_PRIMARY_KEY, META_RECORD_KEY, META_SLOT};
+use crate::archive::{META_PIPELINE, META_PRIMARY_KEY, META_RECORD_KEY, META_SLOT, META_VERSION, VERSION};
 use crate::error::{Error, Result};
 use crate::lsn::{Lsn, Position, SlotIdentity};
 
@@ -78,6 +78,9 @@ impl Source {
             pairs.iter().find(|pair| pair.key == key)?.value.clone()
         };
         let needed = |key: &str| value(key).ok_or_else(|| failed(&format_args!("its footer has no {key}")));
+        if let Some(version) = value(META_VERSION).filter(|v| v != VERSION) {
+            return Err(failed(&format_args!("its footer is of version {version}, this program reads {VERSION}")));
+        }
         let json = |key: &str, e: serde_json::Error| failed(&format_args!("{key} in its footer: {e}"));
         let slot = serde_json::from_str(&needed(META_SLOT)?).map_err(|e| json(META_SLOT, e))?;
         let primary_key = match value(META_PRIMARY_KEY) {

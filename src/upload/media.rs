@@ -13,8 +13,8 @@ use super::bigquery::{Answer, BigQuery};
 use crate::error::{Error, Result};
 use crate::world::World;
 
-/// Bytes of one request; a multiple of 256 KiB, as the protocol asks for.
-const CHUNK: u64 = 8 << 20;
+/// Bytes of one request; a multiple of 256 KiB, as the protocol asks for. A slow line must get it through in one read timeout.
+const CHUNK: u64 = 4 << 20;
 /// Health check of the service.
 pub(super) const CHECK: &str = "bigquery";
 

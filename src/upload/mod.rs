@@ -4,6 +4,7 @@
 //! lost answer, a second process or a lost record doubles nothing is in [`chain`].
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -48,10 +49,11 @@ pub type TableFiles = Vec<(Batch, DataFile)>;
 /// the start; with `--once` also the first table's failure.
 pub async fn run(world: &World, args: &cli::Upload) -> Result<()> {
     let Some(project) = world.config.bigquery.project.as_deref().filter(|p| !p.is_empty()) else {
-        println!("nothing to do: no project");
+        tell(format_args!("nothing to do: no project"));
         return Ok(());
     };
     tokio::select! {
+        biased;
         // Whatever is under way may be left: the next start finds it by its id.
         () = world.stop.cancelled() => Ok(()),
         outcome = work(world, args, project) => outcome,
@@ -87,8 +89,13 @@ async fn work(world: &World, args: &cli::Upload, project: &str) -> Result<()> {
 
 async fn once(world: &World, service: &BigQuery, records: &Records) -> Result<()> {
     let outcome = round(world, service, records, None).await?;
-    println!("{}: {} load jobs, {} rows", service.target(), outcome.jobs, outcome.rows);
+    tell(format_args!("{}: {} load jobs, {} rows", service.target(), outcome.jobs, outcome.rows));
     outcome.failure.map_or(Ok(()), Err)
+}
+
+/// A line on stdout. A reader that has gone away is no reason to stop loading.
+fn tell(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 /// What a round has done.

@@ -17,14 +17,18 @@ use super::chain::{self, Chain, Followed, Link};
 use super::files::{self, Load, Source};
 use super::media::CHECK;
 use super::record::{Record, Records, Through, Turn};
-use super::{LIST_EVERY, TableFiles, columns};
+use super::{LIST_EVERY, TableFiles, columns, tell};
 use crate::archive::{Batch, DataFile};
 use crate::error::{Error, Result};
 use crate::lsn::Position;
-use crate::world::World;
+use crate::world::{World, backoff};
 
 /// Files are merged into one job up to this size.
 const JOB_BYTES: u64 = 256 << 20;
+/// … and up to this many: each is held open.
+const JOB_FILES: usize = 128;
+/// How often the creation of a table or view is tried.
+const CREATIONS: u32 = 3;
 /// Label of a table: whose positions its rows have.
 const LABEL_OWNER: &str = "falaj_owner";
 
@@ -114,14 +118,20 @@ impl TableLoad<'_> {
 
     fn new_files(&self, record: &Record) -> impl Iterator<Item = &(Batch, DataFile)> {
         let (through, loaded) = (record.through, record.loaded);
-        self.files.iter().filter(move |(batch, file)| {
-            Some(batch.last) > loaded && Some(Through { bound: batch.last, part: file.part }) > through
-        })
+        self.files
+            .iter()
+            .filter(move |(batch, file)| Some(batch.last) > loaded && Some(self::through(batch, file)) > through)
+    }
+
+    async fn group(&self, record: &Record) -> Result<Option<Group>> {
+        let place = |(batch, file): &(Batch, DataFile)| (through(batch, file), file.path.clone());
+        let files: Vec<_> = self.new_files(record).take(JOB_FILES + 1).map(place).collect();
+        spawn_blocking(move || group(&files)).await.map_err(|e| Error::fatal("reading footers", e))?
     }
 
     async fn load(&self, chain: &Chain<'_>, turn: &Turn, record: &mut Record) -> Result<Outcome> {
         let mut outcome = Outcome::default();
-        while let Some(group) = self.group(record)? {
+        while let Some(group) = self.group(record).await? {
             let pending = metrics::gauge!("falaj_upload_pending_batches", "table" => self.table.to_owned());
             pending.set(self.new_files(record).count() as f64);
             let fields = self.ensure_table(chain, &group.sources[0]).await?;
@@ -145,31 +155,6 @@ impl TableLoad<'_> {
         Ok(outcome)
     }
 
-    /// The oldest new files that one job can take: of one schema, up to [`JOB_BYTES`].
-    fn group(&self, record: &Record) -> Result<Option<Group>> {
-        let mut group: Option<Group> = None;
-        let mut bytes = 0;
-        for (batch, file) in self.new_files(record) {
-            let source = match Source::open(&file.path) {
-                Ok(source) => source,
-                // What stands before a bad file is loaded all the same; then the bad one is first, and its error is told.
-                Err(_) if group.is_some() => break,
-                Err(error) => return Err(error),
-            };
-            bytes += source.bytes;
-            let through = Through { bound: batch.last, part: file.part };
-            match &mut group {
-                None => group = Some(Group { sources: vec![source], through }),
-                Some(g) if g.sources[0].fits(&source) && bytes <= JOB_BYTES => {
-                    g.sources.push(source);
-                    g.through = through;
-                }
-                Some(_) => break,
-            }
-        }
-        Ok(group)
-    }
-
     /// Makes table and view where they are absent. The columns of a job: those of the file, then those that only the table has.
     async fn ensure_table(&self, chain: &Chain<'_>, source: &Source) -> Result<Vec<TableFieldSchema>> {
         let refused = |why: String| {
@@ -188,8 +173,7 @@ impl TableLoad<'_> {
             Answer::Is(table) => table,
             Answer::Absent | Answer::Exists => {
                 let table = self.new_table(chain, source, &wanted);
-                self.world.for_ever(CHECK, || self.service.create_table(table.clone())).await?;
-                info!(table = chain.table_id, "created");
+                self.create(&table).await?;
                 table
             }
         };
@@ -218,10 +202,53 @@ impl TableLoad<'_> {
         let query = columns::view_query(&format!("{project}.{dataset}.{}", chain.table_id), &key);
         let definition = ViewDefinition { query, use_legacy_sql: Some(false), ..Default::default() };
         let view = Table::new(project, dataset, &id, TableSchema::default()).view(definition);
-        self.world.for_ever(CHECK, || self.service.create_table(view.clone())).await?;
-        info!(view = id, "created");
+        // A key of a type that cannot be compared leaves the table without a view, not without its rows.
+        if let Err(error) = self.create(&view).await {
+            warn!("no view {id}: {error}");
+        }
         Ok(())
     }
+
+    /// Several tables are made at once, and a clash of two changes of one data set is answered as if it were for good.
+    async fn create(&self, table: &Table) -> Result<()> {
+        let mut delays = backoff();
+        for _ in 1..CREATIONS {
+            match self.world.for_ever(CHECK, || self.service.create_table(table.clone())).await {
+                Err(Error::Fatal(why)) => warn!("trying again: {why}"),
+                outcome => return outcome,
+            }
+            self.world.pause(delays.next().unwrap_or(LIST_EVERY)).await?;
+        }
+        self.service.create_table(table.clone()).await
+    }
+}
+
+fn through(batch: &Batch, file: &DataFile) -> Through {
+    Through { bound: batch.last, part: file.part }
+}
+
+/// The oldest files that one job can take: of one schema, up to [`JOB_BYTES`] and [`JOB_FILES`]. Blocking.
+fn group(files: &[(Through, PathBuf)]) -> Result<Option<Group>> {
+    let mut group: Option<Group> = None;
+    let mut bytes = 0;
+    for (through, path) in files {
+        let source = match Source::open(path) {
+            Ok(source) => source,
+            // What stands before a bad file is loaded all the same; then the bad one is first, and its error is told.
+            Err(_) if group.is_some() => break,
+            Err(error) => return Err(error),
+        };
+        bytes += source.bytes;
+        match &mut group {
+            None => group = Some(Group { sources: vec![source], through: *through }),
+            Some(g) if g.sources.len() < JOB_FILES && bytes <= JOB_BYTES && g.sources[0].fits(&source) => {
+                g.sources.push(source);
+                g.through = *through;
+            }
+            Some(_) => break,
+        }
+    }
+    Ok(group)
 }
 
 /// Finds out what is loaded when the record is lost, or when a job may have been sent whose end nobody has seen.
@@ -289,7 +316,8 @@ async fn job(
 fn told(chain: &Chain<'_>, load: &Load, job: &Followed, begun: Instant) {
     let (table, seconds) = (&chain.table_id, begun.elapsed().as_secs_f64());
     let rows = job.rows.unwrap_or(load.rows);
-    println!("{table}  {} – {}  {rows} rows  {} bytes  {seconds:.1} s  {}", load.first, job.to, load.bytes, job.id);
+    let range = format_args!("{} – {}", load.first, job.to);
+    tell(format_args!("{table}  {range}  {rows} rows  {} bytes  {seconds:.1} s  {}", load.bytes, job.id));
     let label = || [("table", table.clone())];
     metrics::counter!("falaj_upload_jobs_total", &label()).increment(1);
     metrics::counter!("falaj_upload_rows_total", &label()).increment(rows);

@@ -15,6 +15,8 @@ const GET: Method = Method::GET;
 const UPLOAD: &str = "/upload/bigquery/v2/projects/local/jobs?uploadType=resumable";
 const JOB: &str = "/projects/local/jobs/falaj-";
 
+const ABSENT: &str = r#"{"error":{"code":404,"message":"Not found: Job","errors":[]}}"#;
+
 /// A test's world with a proxy before the server.
 fn behind_proxy(name: &str) -> (Bench, Proxy) {
     let mut bench = Bench::new(name);
@@ -60,6 +62,24 @@ fn the_service_is_away_or_over_its_quota_for_a_while() {
 }
 
 #[test]
+fn a_file_of_several_chunks_goes_on_where_the_service_says() {
+    let (bench, proxy) = behind_proxy("chunks");
+    let mut random = rand::rngs::StdRng::seed_from_u64(1);
+    let mut big = rows(0, 20_000);
+    for row in &mut big {
+        row.title = Some((0..64).map(|_| format!("{:08x}", random.random::<u32>())).collect());
+    }
+    let batch = bench.seal(&[("events", &big)]);
+    let chunks = std::fs::metadata(batch.join("events.parquet")).unwrap().len().div_ceil(4 << 20) as usize;
+    assert_eq!(chunks, 3);
+    proxy.script(PUT, UPLOAD, 1, Fault::Pass);
+    proxy.script(PUT, UPLOAD, 1, Fault::LoseAnswer);
+    assert_eq!(bench.loads(), bench.line(1, 20_000));
+    assert_eq!(proxy.count(&PUT, UPLOAD), chunks + 1);
+    assert_eq!(bench.ids("events"), ids(&big));
+}
+
+#[test]
 fn the_upload_is_forgotten_by_the_service() {
     let (_, proxy) = survives("forgotten", PUT, UPLOAD, 1, Fault::Answer(404, "Not Found"));
     assert_eq!(proxy.count(&POST, UPLOAD), 2);
@@ -69,8 +89,7 @@ fn the_upload_is_forgotten_by_the_service() {
 fn a_job_that_runs_is_waited_for() {
     let (bench, proxy) = behind_proxy("running");
     bench.seal(&[("events", &rows(0, 10))]);
-    let absent = r#"{"error":{"code":404,"message":"Not found: Job","errors":[]}}"#;
-    proxy.script(GET, JOB, 1, Fault::Answer(404, absent));
+    proxy.script(GET, JOB, 1, Fault::Answer(404, ABSENT));
     proxy.script(PUT, UPLOAD, 1, Fault::StillRunning);
     proxy.script(GET, JOB, 2, Fault::StillRunning);
     assert_eq!(bench.loads(), bench.line(1, 10));
@@ -153,25 +172,27 @@ fn a_kill_before_the_job_is_sent_loses_nothing() {
 
 #[test]
 fn two_copies_of_an_archive_make_one_chain() {
-    let (bench, proxy) = behind_proxy("copies");
-    bench.seal(&[("events", &rows(0, 10))]);
-    proxy.script(PUT, UPLOAD, 1, Fault::HoldAnswer);
-    let first = Guard(bench.upload(&["--once"]).stdout(Stdio::null()).spawn().unwrap());
-    proxy.held.recv_timeout(Duration::from_secs(60)).unwrap();
-    // The other process knows nothing of the first one: no lock, no record, and more batches.
-    let other = bench.dir.path().join("other");
-    std::fs::rename(bench.archive(), &other).unwrap();
-    std::fs::remove_dir_all(other.join(".upload")).unwrap();
-    std::fs::rename(&other, bench.archive()).unwrap();
-    bench.seal(&[("events", &rows(10, 15))]);
-    proxy.script(POST, "/queries", 1, Fault::Answer(200, r#"{"jobComplete":true,"rows":[]}"#));
-    proxy.script(GET, JOB, 1, Fault::Answer(404, r#"{"error":{"code":404,"message":"Not found: Job","errors":[]}}"#));
-    let output = bench.once();
-    assert!(output.status.success(), "{}", text(&output));
-    drop(first);
-    assert!(proxy.is_played());
-    assert_eq!(bench.ids("events"), ids(&rows(0, 15)));
-    assert_eq!(bench.loaded(), 2);
+    for (name, early) in [("copies_put", false), ("copies_post", true)] {
+        let (bench, proxy) = behind_proxy(name);
+        bench.seal(&[("events", &rows(0, 10))]);
+        proxy.script(PUT, UPLOAD, 1, Fault::HoldAnswer);
+        let first = Guard(bench.upload(&["--once"]).stdout(Stdio::null()).spawn().unwrap());
+        proxy.held.recv_timeout(Duration::from_secs(60)).unwrap();
+        // The other process knows nothing of the first one: no lock, no record, and more batches.
+        std::fs::remove_dir_all(bench.archive().join(".upload")).unwrap();
+        bench.seal(&[("events", &rows(10, 15))]);
+        proxy.script(POST, "/queries", 1, Fault::Answer(200, r#"{"jobComplete":true,"rows":[]}"#));
+        proxy.script(GET, JOB, 1, Fault::Answer(404, ABSENT));
+        if early {
+            let exists = r#"{"error":{"code":409,"message":"Already Exists: Job","errors":[{"reason":"duplicate"}]}}"#;
+            proxy.script(POST, UPLOAD, 1, Fault::Answer(409, exists));
+        }
+        bench.loads();
+        drop(first);
+        assert!(proxy.is_played());
+        assert_eq!(bench.ids("events"), ids(&rows(0, 15)));
+        assert_eq!(bench.loaded(), 2);
+    }
 }
 
 #[test]

@@ -11,6 +11,8 @@ use axum::response::Response;
 /// What becomes of a request.
 #[derive(Clone)]
 pub enum Fault {
+    /// None.
+    Pass,
     /// It is answered with this status and body, and goes no further.
     Answer(u16, &'static str),
     /// It reaches the server, and its answer breaks off.
@@ -95,7 +97,7 @@ async fn pass(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let fault = shared.next(&head.method, &path);
     let body = to_bytes(body, usize::MAX).await.unwrap();
     match fault {
-        None => shared.forward(head.method, &path, head.headers, body).await,
+        None | Some(Fault::Pass) => shared.forward(head.method, &path, head.headers, body).await,
         Some(Fault::Answer(status, text)) => Response::builder().status(status).body(Body::from(text)).unwrap(),
         Some(Fault::LoseAnswer) => {
             shared.forward(head.method, &path, head.headers, body).await;
