@@ -6,7 +6,7 @@ mod proxy;
 
 use std::process::Stdio;
 
-use bench::{Bench, Guard, ids, row, rows, text, until};
+use bench::{Bench, Guard, Row, ids, row, rows, text, until};
 
 #[test]
 fn without_a_project_there_is_nothing_to_do_and_the_files_stay() {
@@ -83,6 +83,17 @@ fn a_truncate_empties_the_latest_view() {
     bench.seal(&[("events", &[row(10, 0, "c", 1), row(11, 0, "t", 0), row(12, 0, "c", 5)])]);
     bench.loads();
     assert_eq!(bench.query("SELECT id FROM `DATASET.events_latest`"), [[Some("5".to_owned())]]);
+}
+
+#[test]
+fn the_latest_view_has_the_value_of_an_unchanged_toast_column_also_of_a_new_one() {
+    let bench = Bench::new("toast");
+    let silent = |lsn, columns| Row { title: None, unchanged: Some(columns), ..row(lsn, 0, "u", 1) };
+    bench.seal(&[("events", &[row(10, 0, "c", 1), silent(11, "[\"title\"]")])]);
+    bench.seal_as(&[("events", &[row(12, 0, "u", 1), silent(13, "[\"title\", \"note\"]")])], true);
+    bench.loads();
+    let latest = bench.query("SELECT title, note, _lsn FROM `DATASET.events_latest`");
+    assert_eq!(latest, [["عنوان 1", "noted", "0/D"].map(|v| Some(v.to_owned()))]);
 }
 
 #[test]

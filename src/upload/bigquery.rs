@@ -104,14 +104,13 @@ impl BigQuery {
     /// # Errors
     /// As [`BigQuery::job`].
     pub async fn table(&self, id: &str) -> Result<Answer<Table>> {
-        let url = format!(
-            "{}/bigquery/v2/projects/{}/datasets/{}/tables/{}",
-            self.base,
-            segment(&self.project),
-            segment(&self.dataset),
-            segment(id)
-        );
-        self.get(&format!("looking up table {id}"), &url, &[]).await
+        self.get(&format!("looking up table {id}"), &self.table_url(id), &[]).await
+    }
+
+    fn table_url(&self, id: &str) -> String {
+        let Self { base, project, dataset, .. } = self;
+        let (project, dataset, id) = (segment(project), segment(dataset), segment(id));
+        format!("{base}/bigquery/v2/projects/{project}/datasets/{dataset}/tables/{id}")
     }
 
     /// Creates the data set where it is absent.
@@ -181,6 +180,17 @@ impl BigQuery {
                 _ => Err(error),
             },
         }
+    }
+
+    /// Gives a view another query and one label, in one step.
+    ///
+    /// # Errors
+    /// As [`BigQuery::job`].
+    pub async fn replace_view(&self, id: &str, query: &str, label: (&str, &str)) -> Result<()> {
+        let Self { project, dataset, .. } = self;
+        let options = format!("OPTIONS(labels=[({:?}, {:?})])", label.0, label.1);
+        let sql = format!("CREATE OR REPLACE VIEW `{project}.{dataset}.{id}` {options} AS\n{query}");
+        self.query(sql).await.map(|_| ())
     }
 
     /// The highest position among a table's rows; `None` when it has none.

@@ -110,7 +110,7 @@ impl Chain<'_> {
     /// Loads rows that follow `after`. `generation` is moved past every failure, also when this returns an error.
     ///
     /// # Errors
-    /// [`Error::Fatal`] after [`ATTEMPTS`] failed jobs, with BigQuery's reason; else as every request of the service.
+    /// [`Error::Fatal`] after three failed jobs, with BigQuery's reason; else as every request of the service.
     pub async fn follow(
         &self,
         after: Option<Position>,

@@ -198,15 +198,33 @@ fn map_chars(name: &str, allowed: impl Fn(char) -> bool) -> String {
 
 /// The view's query: of each primary key the row with the highest position, unless that is a delete or a truncate came after it.
 ///
-/// `table` is `project.dataset.table`. `_id` sorts as the position.
-pub fn view_query(table: &str, primary_key: &[String]) -> String {
+/// An unchanged TOAST column has the value of the last row that carries it. `table` is `project.dataset.table`, `fields` are
+/// its columns; `_id` sorts as the position.
+pub fn view_query(table: &str, primary_key: &[String], fields: &[TableFieldSchema]) -> String {
     let key: Vec<String> = primary_key.iter().map(|c| format!("`{c}`")).collect();
+    let newest_first = format!("PARTITION BY {} ORDER BY _id DESC", key.join(", "));
+    let carried = |f: &TableFieldSchema| {
+        let (name, text) = (&f.name, serde_json::Value::from(f.name.as_str()));
+        format!(
+            "(FIRST_VALUE(IF({text} IN UNNEST(JSON_VALUE_ARRAY(_unchanged)), NULL, STRUCT(`{name}` AS v)) IGNORE NULLS) \
+             OVER ({newest_first} ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)).v AS `{name}`"
+        )
+    };
+    let toasted: Vec<String> = fields.iter().filter(|f| can_be_toasted(f, primary_key)).map(carried).collect();
+    let replace =
+        if toasted.is_empty() { String::new() } else { format!(" REPLACE (\n  {}\n)", toasted.join(",\n  ")) };
     format!(
-        "SELECT * FROM `{table}`\n\
+        "SELECT *{replace} FROM `{table}`\n\
          WHERE _op != 't' AND _id > (SELECT COALESCE(MAX(_id), '') FROM `{table}` WHERE _op = 't')\n\
-         QUALIFY ROW_NUMBER() OVER (PARTITION BY {} ORDER BY _id DESC) = 1 AND _op != 'd'",
-        key.join(", ")
+         QUALIFY ROW_NUMBER() OVER ({newest_first}) = 1 AND _op != 'd'"
     )
+}
+
+/// Postgres moves values of variable length out of the row, and then leaves them out of an update that does not touch them.
+fn can_be_toasted(field: &TableFieldSchema, primary_key: &[String]) -> bool {
+    let variable =
+        matches!(field.r#type, FieldType::String | FieldType::Bytes | FieldType::Numeric | FieldType::Bignumeric);
+    variable && !field.name.starts_with('_') && !primary_key.contains(&field.name)
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use super::bigquery::{Answer, BigQuery};
 use super::chain::{self, Chain, Followed, Link};
 use super::files::{self, Load, Source};
 use super::media::CHECK;
-use super::record::{Record, Records, Through, Turn};
+use super::record::{Record, Records, Through, Turn, hash};
 use super::{LIST_EVERY, TableFiles, columns, tell};
 use crate::archive::{Batch, DataFile};
 use crate::error::{Error, Result};
@@ -31,6 +31,8 @@ const JOB_FILES: usize = 128;
 const CREATIONS: u32 = 3;
 /// Label of a table: whose positions its rows have.
 const LABEL_OWNER: &str = "falaj_owner";
+/// Label of a view: hash of the query that falaj gave it.
+const LABEL_VIEW: &str = "falaj_view";
 
 /// What a turn has done.
 #[derive(Default)]
@@ -135,12 +137,15 @@ impl TableLoad<'_> {
             let pending = metrics::gauge!("falaj_upload_pending_batches", "table" => self.table.to_owned());
             pending.set(self.new_files(record).count() as f64);
             let fields = self.ensure_table(chain, &group.sources[0]).await?;
+            let key = columns::names_in(&group.sources[0].primary_key, group.sources[0].schema());
             let through = group.through;
             let load = prepare(group, record.loaded, fields.clone(), turn.scratch()).await?;
             let end = load.as_ref().map(|load| load.last);
             if let Some(load) = load {
                 outcome.rows += job(chain, turn, record, &load, &fields).await?;
                 outcome.jobs += 1;
+                // Only now has the table the columns that this job has brought.
+                self.ensure_view(chain, &key, &fields).await?;
             }
             // A job of another process may have ended before the end of this group: then the rest of it is next.
             if record.loaded >= end {
@@ -155,7 +160,7 @@ impl TableLoad<'_> {
         Ok(outcome)
     }
 
-    /// Makes table and view where they are absent. The columns of a job: those of the file, then those that only the table has.
+    /// Makes the table where it is absent. The columns of a job: those of the file, then those that only the table has.
     async fn ensure_table(&self, chain: &Chain<'_>, source: &Source) -> Result<Vec<TableFieldSchema>> {
         let refused = |why: String| {
             Error::refused(
@@ -178,7 +183,6 @@ impl TableLoad<'_> {
             }
         };
         check_owner(chain, &found)?;
-        self.ensure_view(chain, source).await?;
         columns::unite(wanted, found.schema.fields.unwrap_or_default()).map_err(refused)
     }
 
@@ -192,20 +196,29 @@ impl TableLoad<'_> {
         if cluster.is_empty() { table } else { table.clustering(Clustering { fields: Some(cluster) }) }
     }
 
-    async fn ensure_view(&self, chain: &Chain<'_>, source: &Source) -> Result<()> {
+    /// A view that falaj has made follows the table's columns; one without its label is left as it is.
+    async fn ensure_view(&self, chain: &Chain<'_>, key: &[String], fields: &[TableFieldSchema]) -> Result<()> {
         let id = columns::view_id(&chain.table_id);
-        let key = columns::names_in(&source.primary_key, source.schema());
-        if key.is_empty() || !matches!(self.world.for_ever(CHECK, || self.service.table(&id)).await?, Answer::Absent) {
+        if key.is_empty() {
             return Ok(());
         }
         let BigQuery { project, dataset, .. } = self.service;
-        let query = columns::view_query(&format!("{project}.{dataset}.{}", chain.table_id), &key);
-        let definition = ViewDefinition { query, use_legacy_sql: Some(false), ..Default::default() };
-        let view = Table::new(project, dataset, &id, TableSchema::default()).view(definition);
+        let query = columns::view_query(&format!("{project}.{dataset}.{}", chain.table_id), key, fields);
+        let version = chain::short_owner(&hash(&query));
+        let definition = ViewDefinition { query: query.clone(), use_legacy_sql: Some(false), ..Default::default() };
+        let view =
+            Table::new(project, dataset, &id, TableSchema::default()).label(LABEL_VIEW, &version).view(definition);
+        let made = match self.world.for_ever(CHECK, || self.service.table(&id)).await? {
+            Answer::Absent | Answer::Exists => self.create(&view).await,
+            Answer::Is(found) => match found.labels.as_ref().and_then(|labels| labels.get(LABEL_VIEW)) {
+                Some(old) if *old != version => {
+                    self.world.for_ever(CHECK, || self.service.replace_view(&id, &query, (LABEL_VIEW, &version))).await
+                }
+                _ => Ok(()),
+            },
+        };
         // A key of a type that cannot be compared leaves the table without a view, not without its rows.
-        if let Err(error) = self.create(&view).await {
-            warn!("no view {id}: {error}");
-        }
+        made.unwrap_or_else(|error| warn!("view {id}: {error}"));
         Ok(())
     }
 

@@ -36,6 +36,7 @@ pub struct Row {
     pub op: &'static str,
     pub id: i64,
     pub title: Option<String>,
+    pub unchanged: Option<&'static str>,
 }
 
 /// Rows `from..to` of one transaction each: commit LSN 1000 + n, ordinal 0, id n.
@@ -45,7 +46,7 @@ pub fn rows(from: u64, to: u64) -> Vec<Row> {
 
 pub fn row(lsn: u64, ordinal: u64, op: &'static str, id: i64) -> Row {
     let at = Position { commit_lsn: Lsn(lsn), ordinal };
-    Row { at, op, id, title: (id % 3 != 0).then(|| format!("عنوان {id}")) }
+    Row { at, op, id, title: (id % 3 != 0).then(|| format!("عنوان {id}")), unchanged: None }
 }
 
 /// The event ids of rows, as they should stand in the table.
@@ -251,9 +252,9 @@ fn columns(table: &str, rows: &[Row], note: bool) -> RecordBatch {
         commit_ts.append_value(micros);
         commit_lsn.append_value(row.at.commit_lsn.0 as i64);
         ordinal.append_value(row.at.ordinal as i64);
-        unchanged.append_null();
+        unchanged.append_option(row.unchanged);
         raw.append_null();
-        notes.append_value("noted");
+        notes.append_option(row.unchanged.is_none_or(|u| !u.contains("note")).then_some("noted"));
     }
     let mut all: Vec<(&str, ArrayRef, bool)> = vec![
         ("id", Arc::new(id.finish()), true),
