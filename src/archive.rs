@@ -28,9 +28,11 @@ pub const META_FIRST: &str = "falaj.first";
 pub const META_LAST: &str = "falaj.last";
 /// Footer key: `end_lsn` of the last transaction; absent while that is not whole.
 pub const META_END_LSN: &str = "falaj.end_lsn";
-/// Footer key: names of the table's primary key columns as a JSON array; absent when it has none.
+/// Footer key: where replication resumes after this batch; below `end_lsn` only while a transaction is half in.
+pub const META_RESUME: &str = "falaj.resume";
+/// Footer key: primary key columns as a JSON array; absent when the table has none.
 pub const META_PRIMARY_KEY: &str = "falaj.primary_key";
-/// Footer key: name of the column whose text is the Kafka record key; absent when that is the primary key.
+/// Footer key: column whose value is the Kafka record key, where configured.
 pub const META_RECORD_KEY: &str = "falaj.record_key";
 /// Footer key: [`VERSION`].
 pub const META_VERSION: &str = "falaj.version";

@@ -16,8 +16,16 @@ pub const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A client configuration with the user's librdkafka keys. Roles set their own keys *after* this: a promise is not configurable.
 pub fn client(config: &Kafka) -> ClientConfig {
+    client_over(config, &[])
+}
+
+/// Like [`client`], over a role's own defaults: these the user's keys may change.
+pub fn client_over(config: &Kafka, defaults: &[(&str, &str)]) -> ClientConfig {
     let mut client = ClientConfig::new();
     client.set("client.id", "falaj");
+    for (key, value) in defaults {
+        client.set(*key, *value);
+    }
     for (key, value) in &config.client {
         client.set(key, value);
     }

@@ -99,6 +99,21 @@ impl Checkpoint {
         Self { resume, partial: None }
     }
 
+    /// The one that has got further.
+    pub fn max(self, other: Self) -> Self {
+        if other.reach() > self.reach() { other } else { self }
+    }
+
+    /// Whether everything in `other` is in this one too.
+    pub fn covers(self, other: Self) -> bool {
+        self.reach() >= other.reach()
+    }
+
+    /// First position that is not in: a total order, since the next commit lies at or behind `resume`.
+    fn reach(self) -> (Lsn, u64) {
+        self.partial.map_or((self.resume, 0), |p| (p.commit_lsn, p.ordinal + 1))
+    }
+
     /// Whether the change at `at` is already in.
     pub fn has(&self, at: Position) -> bool {
         at.commit_lsn < self.resume || self.partial.is_some_and(|p| at <= p)
@@ -151,5 +166,7 @@ mod tests {
         assert!(c.has(at(99, 7)) && c.has(at(150, 3)));
         assert!(!c.has(at(150, 4)) && !c.has(at(151, 0)));
         assert!(!Checkpoint::whole(Lsn(100)).has(at(100, 0)));
+        assert!(c.covers(Checkpoint::whole(Lsn(100))) && Checkpoint::whole(Lsn(158)).covers(c));
+        assert_eq!(c.max(Checkpoint { partial: Some(at(150, 2)), ..c }), c);
     }
 }

@@ -54,8 +54,13 @@ impl Health {
 
 /// The one retry policy: 100 ms doubling to 5 s, with jitter, without end.
 pub fn backoff() -> ExponentialBackoff {
+    backoff_from(Duration::from_millis(100))
+}
+
+/// The same policy with another first delay.
+pub fn backoff_from(first: Duration) -> ExponentialBackoff {
     ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(100))
+        .with_min_delay(first)
         .with_max_delay(Duration::from_secs(5))
         .with_jitter()
         .without_max_times()

@@ -1,3 +1,8 @@
-//! Tests against real servers: addresses come from the `FALAJ_…` variables that `dev/stack env` prints.
+//! Tests against real servers; their addresses come from the environment that `dev/stack env` prints.
 
+mod compose;
+mod external;
+mod generate;
+mod mock_external;
+mod setup;
 mod upload;

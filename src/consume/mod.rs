@@ -1,1 +1,3 @@
 //! Kafka → Redis board, Kafka → outside HTTP system.
+
+pub mod external;

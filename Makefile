@@ -1,0 +1,30 @@
+# The entry points. Each does its own set-up on a bare Debian 12 as root; as another user it says what is missing.
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+.PHONY: help demo test check bench stack
+help:
+	@echo 'make demo [FOR=30s]    the whole system on this machine, in this terminal; with FOR unattended'
+	@echo 'make test [ARGS=…]     all tests against real servers, started for them and removed again'
+	@echo 'make check             format, lints, documentation, licences, container files, scripts'
+	@echo 'make bench             figures against real servers'
+	@echo 'make stack             the real servers alone (dev/stack env, dev/stack down)'
+
+demo:
+	@dev/setup build
+	@dev/demo $(FOR)
+
+test:
+	@dev/setup build
+	@dev/test $(ARGS)
+
+check:
+	@dev/setup build check
+	@dev/check
+
+bench:
+	@dev/setup build
+	@FALAJ_STACK_DIR=.stack/bench FALAJ_KAFKA_JVM=bench dev/stack up
+	@eval "$$(FALAJ_STACK_DIR=.stack/bench dev/stack env)" && cargo bench --locked $(ARGS)
+
+stack:
+	@dev/stack up

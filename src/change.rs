@@ -1,0 +1,216 @@
+//! A change as the stream brings it: numbered, not yet enriched.
+
+use crate::lsn::{Lsn, Position};
+use crate::pgoutput::{Message, Old, Tuple};
+
+/// What happened to a row; the event's `_op`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// `c`: inserted.
+    Create,
+    /// `u`: updated.
+    Update,
+    /// `d`: deleted.
+    Delete,
+    /// `r`: read by a snapshot or backfill.
+    Read,
+    /// `t`: its table was truncated.
+    Truncate,
+}
+
+impl Op {
+    /// The letter in `_op`.
+    pub fn letter(self) -> &'static str {
+        match self {
+            Self::Create => "c",
+            Self::Update => "u",
+            Self::Delete => "d",
+            Self::Read => "r",
+            Self::Truncate => "t",
+        }
+    }
+}
+
+/// One numbered change of one relation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Change<'a> {
+    /// Its identity.
+    pub at: Position,
+    /// Commit time, µs since the Unix epoch.
+    pub commit_ts: i64,
+    /// Relation oid.
+    pub relation: u32,
+    /// The rows.
+    pub row: RowChange<'a>,
+}
+
+/// The rows of a change.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RowChange<'a> {
+    /// Inserted row.
+    Insert(Tuple<'a>),
+    /// Old key or row, new row.
+    Update(Option<Old<'a>>, Tuple<'a>),
+    /// Old key or row.
+    Delete(Old<'a>),
+    /// No row.
+    Truncate,
+}
+
+/// What the walk does with a message.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step<'a> {
+    /// A transaction opens; nothing to do yet.
+    Begin,
+    /// A numbered change.
+    Change(Change<'a>),
+    /// Several relations truncated by one statement, one change each.
+    Truncate(Vec<Change<'a>>),
+    /// The schema of the following rows.
+    Relation(crate::schema::Relation),
+    /// The transaction is whole up to this LSN.
+    Commit {
+        /// End of the commit record.
+        end_lsn: Lsn,
+        /// Commit time, µs since the Unix epoch.
+        commit_ts: i64,
+    },
+    /// A message that changes no row and takes no number.
+    Other,
+}
+
+/// The order of messages is not that of the protocol.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("replication stream out of order: {0}")]
+pub struct OutOfOrder(String);
+
+/// Numbers the row messages of a transaction, before any filter: each Insert, Update, Delete, and each relation of a
+/// Truncate takes one number; nothing else does. So a change keeps its number over restarts and replays.
+#[derive(Debug, Default)]
+pub struct Assembler {
+    open: Option<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    commit_lsn: Lsn,
+    commit_ts: i64,
+    next: u64,
+}
+
+impl Assembler {
+    /// The commit LSN of the open transaction.
+    pub fn open(&self) -> Option<Lsn> {
+        self.open.as_ref().map(|o| o.commit_lsn)
+    }
+
+    /// Position that the next change of the open transaction will have.
+    pub fn next(&self) -> Option<Position> {
+        self.open.as_ref().map(|o| Position { commit_lsn: o.commit_lsn, ordinal: o.next })
+    }
+
+    /// Takes the next message of the stream.
+    ///
+    /// # Errors
+    /// [`OutOfOrder`] for a row outside a transaction, a Begin within one, or a foreign Commit.
+    pub fn push<'a>(&mut self, message: Message<'a>) -> Result<Step<'a>, OutOfOrder> {
+        match message {
+            Message::Begin { final_lsn, commit_ts, .. } => self.begin(final_lsn, commit_ts),
+            Message::Insert { relation, new } => self.change(relation, RowChange::Insert(new)).map(Step::Change),
+            Message::Update { relation, old, new } => {
+                self.change(relation, RowChange::Update(old, new)).map(Step::Change)
+            }
+            Message::Delete { relation, old } => self.change(relation, RowChange::Delete(old)).map(Step::Change),
+            Message::Truncate { relations, .. } => {
+                let changes = relations.into_iter().map(|oid| self.change(oid, RowChange::Truncate));
+                changes.collect::<Result<_, _>>().map(Step::Truncate)
+            }
+            Message::Relation(relation) => Ok(Step::Relation(relation)),
+            Message::Commit { commit_lsn, end_lsn, commit_ts } => self.commit(commit_lsn, end_lsn, commit_ts),
+            Message::Type { .. } | Message::Origin { .. } | Message::Logical { .. } => Ok(Step::Other),
+            Message::StreamStart { .. }
+            | Message::StreamStop
+            | Message::StreamCommit { .. }
+            | Message::StreamAbort { .. } => {
+                Err(OutOfOrder("a message of streaming mode, which was not asked for".into()))
+            }
+        }
+    }
+
+    fn begin<'a>(&mut self, commit_lsn: Lsn, commit_ts: i64) -> Result<Step<'a>, OutOfOrder> {
+        match self.open.replace(Open { commit_lsn, commit_ts, next: 0 }) {
+            None => Ok(Step::Begin),
+            Some(open) => {
+                Err(OutOfOrder(format!("Begin of {commit_lsn} within the transaction of {}", open.commit_lsn)))
+            }
+        }
+    }
+
+    fn change<'a>(&mut self, relation: u32, row: RowChange<'a>) -> Result<Change<'a>, OutOfOrder> {
+        let open = self.open.as_mut().ok_or_else(|| OutOfOrder("a row outside a transaction".into()))?;
+        let at = Position { commit_lsn: open.commit_lsn, ordinal: open.next };
+        open.next += 1;
+        Ok(Change { at, commit_ts: open.commit_ts, relation, row })
+    }
+
+    fn commit<'a>(&mut self, commit_lsn: Lsn, end_lsn: Lsn, commit_ts: i64) -> Result<Step<'a>, OutOfOrder> {
+        match self.open.take() {
+            Some(open) if open.commit_lsn == commit_lsn && end_lsn > commit_lsn => {
+                Ok(Step::Commit { end_lsn, commit_ts })
+            }
+            open => Err(OutOfOrder(format!(
+                "Commit of {commit_lsn} (end {end_lsn}) while {:?} is open",
+                open.map(|o| o.commit_lsn)
+            ))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn begin(lsn: u64) -> Message<'static> {
+        Message::Begin { final_lsn: Lsn(lsn), commit_ts: 5, xid: 1 }
+    }
+
+    fn commit(lsn: u64) -> Message<'static> {
+        Message::Commit { commit_lsn: Lsn(lsn), end_lsn: Lsn(lsn + 8), commit_ts: 5 }
+    }
+
+    #[test]
+    fn rows_and_truncated_relations_take_numbers_and_nothing_else_does() {
+        let mut a = Assembler::default();
+        let mut steps = Vec::new();
+        for message in [
+            begin(100),
+            Message::Type { oid: 1, namespace: "", name: "" },
+            Message::Truncate { relations: vec![7, 8], options: 0 },
+            Message::Logical { transactional: true, lsn: Lsn(1), prefix: "", content: b"" },
+            Message::Truncate { relations: vec![9], options: 0 },
+            commit(100),
+        ] {
+            steps.push(a.push(message).unwrap());
+        }
+        let at = |ordinal| Position { commit_lsn: Lsn(100), ordinal };
+        let Step::Truncate(two) = &steps[2] else { panic!() };
+        let Step::Truncate(one) = &steps[4] else { panic!() };
+        assert_eq!([two[0].at, two[1].at, one[0].at], [at(0), at(1), at(2)]);
+        assert_eq!([two[0].relation, two[1].relation, one[0].relation], [7, 8, 9]);
+        assert_eq!(steps[5], Step::Commit { end_lsn: Lsn(108), commit_ts: 5 });
+        assert_eq!(a.open(), None);
+    }
+
+    #[test]
+    fn what_is_out_of_order_is_an_error() {
+        let truncate = || Message::Truncate { relations: vec![7], options: 0 };
+        assert!(Assembler::default().push(truncate()).is_err());
+        assert!(Assembler::default().push(commit(100)).is_err());
+        let mut a = Assembler::default();
+        a.push(begin(100)).unwrap();
+        assert!(a.push(commit(101)).is_err());
+        a.push(begin(100)).unwrap();
+        assert!(a.push(begin(200)).is_err());
+        assert!(a.push(Message::StreamStop).is_err());
+    }
+}

@@ -1,0 +1,267 @@
+//! Kafka → outside HTTP system: one POST an event, at least once, under a stable `Idempotency-Key`, the same bytes each time.
+//!
+//! The path has its own consumer group, so that a slow peer delays nobody else. The promise: an offset is committed only
+//! when every event below it is delivered or stands in the dead-letter topic. Exactly once needs a peer that honours the
+//! key. Events of one record key are sent one after the other, in the order of Kafka; keys go side by side. An event that
+//! is tried again holds back its own key; its partition runs ahead of it by a bounded distance.
+
+mod answer;
+mod dead_letter;
+mod envelope;
+mod group;
+mod ledger;
+mod peer;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use metrics::{counter, gauge, histogram};
+use rdkafka::Message;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
+use tracing::{info, warn};
+
+use crate::cli;
+use crate::error::{Error, Result};
+use crate::world::World;
+use dead_letter::{DeadLetter, DeadLetters};
+use envelope::Content;
+use group::{Group, Next};
+use ledger::{Job, Record};
+use peer::{Outcome, Peer};
+
+/// The one table whose events go out.
+const TABLE: &str = "engagement_events";
+/// How often offsets are committed.
+const COMMIT_EVERY: Duration = Duration::from_millis(500);
+/// How long requests under way may take after a shutdown signal.
+const DRAIN: Duration = Duration::from_secs(4);
+/// Events that are being sent or wait to be sent again, per request that may be under way. The waiting ones keep other
+/// keys from nothing; this bounds how many there are.
+const LANES: usize = 16;
+
+/// Delivers every event of the topic to `external.url`, until the shutdown, or with `--until-end` until the events that
+/// were there at the start are delivered or dead letters.
+///
+/// # Errors
+/// [`Error::Refused`] for a bad address or missing topics, [`Error::Unreachable`] when Kafka or the peer does not answer
+/// at the start. Later outages are waited for.
+pub async fn run(world: &World, args: &cli::Consume) -> Result<()> {
+    match start(world, args).await {
+        Ok(outlet) => outlet.run().await,
+        // A shutdown while a server is waited for: nothing has begun.
+        Err(e) if e.is_transient() && world.stop.is_cancelled() => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+async fn start<'a>(world: &'a World, args: &cli::Consume) -> Result<Outlet<'a>> {
+    let sender = Sender {
+        peer: Peer::new(world)?,
+        letters: DeadLetters::new(&world.config.kafka, world.config.dead_letter_topic())?,
+        topic: world.config.topic(TABLE),
+        world: world.clone(),
+    };
+    group::require_topics(world, [sender.topic.clone(), world.config.dead_letter_topic()]).await?;
+    sender.peer.reach(world).await?;
+    let group = Group::join(world, TABLE)?;
+    let ends = match args.until_end {
+        true => Some(world.at_start(group::CHECK, || group.ends()).await?),
+        false => None,
+    };
+    info!(topic = group.topic(), url = sender.peer.shown_url(), "delivering");
+    Ok(Outlet { world, group, sender: Arc::new(sender), tasks: JoinSet::new(), ends })
+}
+
+/// The read loop with everything it holds.
+struct Outlet<'a> {
+    world: &'a World,
+    group: Group,
+    sender: Arc<Sender>,
+    tasks: JoinSet<Sent>,
+    /// With `--until-end`: the last stable offset of each partition, as found at the start.
+    ends: Option<BTreeMap<i32, i64>>,
+}
+
+impl Outlet<'_> {
+    async fn run(mut self) -> Result<()> {
+        let mut tick = ticks();
+        while !self.world.stop.is_cancelled() {
+            self.group.look_for_gaps();
+            self.launch();
+            self.group.balance()?;
+            tokio::select! {
+                () = self.world.stop.cancelled() => {}
+                next = self.group.next() => self.take(next?),
+                Some(sent) = self.tasks.join_next() => self.note(sent)?,
+                _ = tick.tick() => {
+                    self.group.commit();
+                    if self.at_end().await? { break }
+                }
+            }
+        }
+        self.drain().await
+    }
+
+    /// Starts what may be sent now.
+    fn launch(&mut self) {
+        let lanes = self.world.config.external.in_flight.saturating_mul(LANES);
+        let mut ledger = self.group.ledger().lock();
+        while self.tasks.len() < lanes {
+            let Some(job) = ledger.next_job() else { break };
+            self.tasks.spawn(self.sender.clone().send(job));
+        }
+        gauge!("falaj_external_waiting_events").set(ledger.unfinished() as f64);
+    }
+
+    fn take(&self, next: Next<'_>) {
+        match next {
+            Next::Message(message) => {
+                self.world.health.ok(group::CHECK);
+                self.admit(record(&message));
+            }
+            Next::End(partition) => {
+                self.world.health.ok(group::CHECK);
+                if let Some(end) = self.ends.as_ref().and_then(|ends| ends.get(&partition)) {
+                    self.group.ledger().lock().reached(partition, *end);
+                }
+            }
+            Next::Trouble(why) => {
+                warn!(why, "reading from Kafka; trying again");
+                self.world.health.failing(group::CHECK, why);
+            }
+        }
+    }
+
+    fn admit(&self, record: Record) {
+        let mut ledger = self.group.ledger().lock();
+        match record.content {
+            Content::History { .. } if !self.world.config.external.history => {
+                counter!("falaj_external_history_skipped_total").increment(1);
+                ledger.pass(record.partition, record.offset + 1);
+            }
+            _ => ledger.admit(record),
+        }
+    }
+
+    fn note(&self, sent: Result<Sent, JoinError>) -> Result<()> {
+        let Sent { job, finished } = sent.map_err(|e| Error::fatal("delivering", e))?;
+        if finished? {
+            self.group.ledger().lock().done(&job.record, job.generation);
+        }
+        Ok(())
+    }
+
+    /// Whether all that was there at the start is done, here or by another member of the group, and Kafka knows.
+    async fn at_end(&self) -> Result<bool> {
+        let Some(ends) = &self.ends else { return Ok(false) };
+        if ends.iter().any(|(&partition, &end)| self.group.ledger().lock().is_done_to(partition, end) == Some(false)) {
+            return Ok(false);
+        }
+        match self.group.is_done_to(ends).await {
+            Err(e) if e.is_transient() => Ok(false),
+            answer => answer,
+        }
+    }
+
+    /// Lets requests under way finish, commits, leaves the group.
+    async fn drain(mut self) -> Result<()> {
+        let finish = async {
+            while let Some(sent) = self.tasks.join_next().await {
+                self.note(sent)?;
+            }
+            Ok(())
+        };
+        let outcome = timeout(DRAIN, finish).await;
+        let unfinished = self.group.ledger().lock().unfinished();
+        self.tasks.abort_all();
+        self.group.leave().await;
+        if unfinished > 0 {
+            info!(unfinished, "stopped; these events are delivered after the next start");
+        }
+        outcome.unwrap_or(Ok(()))
+    }
+}
+
+/// What a delivery needs; shared by all of them.
+struct Sender {
+    peer: Peer,
+    letters: DeadLetters,
+    topic: String,
+    world: World,
+}
+
+/// The end of a job: `true` when the event is delivered or a dead letter, `false` when it was given up.
+struct Sent {
+    job: Job,
+    finished: Result<bool>,
+}
+
+impl Sender {
+    async fn send(self: Arc<Self>, job: Job) -> Sent {
+        let finished = tokio::select! {
+            finished = self.finish(&job.record) => finished,
+            () = job.revoked.cancelled() => Ok(false),
+        };
+        Sent { job, finished }
+    }
+
+    async fn finish(&self, record: &Record) -> Result<bool> {
+        let outcome = match (&record.content, &record.body) {
+            (Content::Event { id } | Content::History { id }, Some(body)) => self.peer.deliver(id, body).await?,
+            (Content::Malformed(why), _) => Outcome::Refused(why.clone()),
+            (_, None) => Outcome::Refused("a record without a value".into()),
+        };
+        match outcome {
+            Outcome::Delivered => {
+                delivered(record);
+                Ok(true)
+            }
+            Outcome::Refused(reason) => self.bury(record, &reason).await,
+            Outcome::Abandoned => Ok(false),
+        }
+    }
+
+    /// Writes the dead letter, however long Kafka may be away.
+    async fn bury(&self, record: &Record, reason: &str) -> Result<bool> {
+        let url = self.peer.shown_url();
+        let letter = DeadLetter::new(record, reason, &url, &self.topic);
+        let written = self.world.for_ever("dead_letter", || self.letters.put(record.key.as_deref(), &letter)).await;
+        match written {
+            Ok(()) => {
+                warn!(id = record.content.id(), reason, "dead letter");
+                counter!("falaj_external_dead_letters_total").increment(1);
+                Ok(true)
+            }
+            Err(_) if self.world.stop.is_cancelled() => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+fn delivered(record: &Record) {
+    counter!("falaj_external_delivered_total").increment(1);
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    if let Some(committed) = record.timestamp.and_then(|ms| u64::try_from(ms).ok()) {
+        histogram!("falaj_external_latency_seconds").record(now.saturating_sub(Duration::from_millis(committed)));
+    }
+}
+
+fn record(message: &impl Message) -> Record {
+    Record {
+        partition: message.partition(),
+        offset: message.offset(),
+        timestamp: message.timestamp().to_millis(),
+        key: message.key().map(<[u8]>::to_vec),
+        body: message.payload().map(Bytes::copy_from_slice),
+        content: Content::read(message.payload()),
+    }
+}
+
+fn ticks() -> Interval {
+    let mut tick = interval(COMMIT_EVERY);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    tick
+}

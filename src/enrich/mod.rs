@@ -1,0 +1,504 @@
+//! Enrichment as a fold over the stream: lookup rows are changed by the stream itself, in commit order, so every event
+//! sees them *as of its own position*. No query, no clock, no poll.
+
+pub mod derive;
+pub mod state;
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use crate::change::{Change, RowChange};
+use crate::config;
+use crate::error::{Error, Result};
+use crate::event::{Cells, Layout, OutColumn};
+use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
+use crate::pgoutput::{Cell, Tuple};
+use crate::schema::{Relation, Type};
+use crate::value::{Converted, write_text};
+use derive::Derivation;
+use state::{ChangeLog, ColumnType, Entry, LookupChange, LookupTable};
+
+/// What the enricher adds to the events of one layout.
+#[derive(Debug, Default)]
+pub struct Plan {
+    join: Option<Join>,
+    derive: Vec<Derivation>,
+}
+
+#[derive(Debug)]
+struct Join {
+    /// Source column with the lookup key.
+    on: usize,
+    /// Index of the lookup table.
+    table: usize,
+    /// Joined columns, as indexes into the cached rows.
+    columns: Vec<usize>,
+}
+
+/// The lookup tables and their columns that a configuration joins; several tables may share one.
+pub fn wanted(tables: &[config::Table]) -> Vec<(String, Vec<String>)> {
+    let mut wanted: Vec<(String, Vec<String>)> = Vec::new();
+    for lookup in tables.iter().filter_map(|t| t.lookup.as_ref()) {
+        let at = wanted.iter().position(|(table, _)| *table == lookup.table).unwrap_or_else(|| {
+            wanted.push((lookup.table.clone(), Vec::new()));
+            wanted.len() - 1
+        });
+        for column in &lookup.columns {
+            if !wanted[at].1.contains(column) {
+                wanted[at].1.push(column.clone());
+            }
+        }
+    }
+    wanted
+}
+
+/// The cached lookup tables and the log that makes them last.
+pub struct Enricher {
+    caches: Vec<Cache>,
+    log: ChangeLog,
+    base: Lsn,
+    origin: Lsn,
+    /// Look-ups that found a row, since the start.
+    pub hits: u64,
+    /// Look-ups that found none: the event has NULL columns.
+    pub misses: u64,
+}
+
+struct Cache {
+    table: LookupTable,
+    rows: HashMap<Box<[u8]>, Box<[Option<Box<str>>]>>,
+}
+
+impl Cache {
+    fn apply(&mut self, change: LookupChange) {
+        match change {
+            LookupChange::Put((key, values)) => {
+                let values = values.into_iter().map(|v| v.map(String::into_boxed_str)).collect();
+                self.rows.insert(key.into_bytes().into(), values);
+            }
+            LookupChange::Delete(key) => drop(self.rows.remove(key.as_bytes())),
+            LookupChange::Truncate(_) => self.rows.clear(),
+            LookupChange::Relation(table) => self.table = table,
+        }
+    }
+}
+
+impl Enricher {
+    /// Builds the lookup rows as of `upto` from the state directory.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a state that is missing, of another stream, or without a configured column.
+    pub fn load(dir: &Path, upto: Checkpoint, identity: &SlotIdentity, tables: &[config::Table]) -> Result<Self> {
+        let mut caches: Vec<Cache> = Vec::new();
+        let (header, log) = state::load(dir, upto, |header, table, change| {
+            if caches.is_empty() {
+                caches = empty_caches(header);
+            }
+            match caches.get_mut(table) {
+                Some(cache) => cache.apply(change),
+                None => return Err(refused(dir, format!("a row of table number {table}"))),
+            }
+            Ok(())
+        })?;
+        if caches.is_empty() {
+            caches = empty_caches(&header);
+        }
+        if header.identity != *identity {
+            return Err(refused(dir, format!("the state of {}; this is {identity}", header.identity)));
+        }
+        for (table, columns) in wanted(tables) {
+            let cache = caches.iter().find(|c| c.table.table == table);
+            let known = |column: &String| cache.is_some_and(|c| c.table.columns.iter().any(|k| k.name == *column));
+            if let Some(column) = columns.iter().find(|c| !known(c)) {
+                return Err(refused(dir, format!("no column \"{column}\" of lookup table \"{table}\"")));
+            }
+        }
+        Ok(Self { caches, log, base: header.lsn, origin: header.origin, hits: 0, misses: 0 })
+    }
+
+    /// Where the slot stood when the state was made: a sink without a position may start only from here.
+    pub fn origin(&self) -> Lsn {
+        self.origin
+    }
+
+    /// Cached rows of all lookup tables.
+    pub fn rows(&self) -> usize {
+        self.caches.iter().map(|c| c.rows.len()).sum()
+    }
+
+    /// Plans the layout of a relation's events.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a configured column that the relation has not, or a name that would stand twice.
+    pub fn layout(
+        &self,
+        generation: u32,
+        relation: Relation,
+        primary_key: Vec<usize>,
+        config: Option<&config::Table>,
+    ) -> Result<Layout> {
+        let table = relation.table();
+        let mut columns: Vec<_> = relation.columns.iter().map(|c| OutColumn::new(&c.name, c.ty())).collect();
+        let column = |name: &String, role: &str| {
+            relation.index_of(name).ok_or_else(|| {
+                Error::refused(
+                    "table_columns",
+                    format!("table {table} has no column \"{name}\", the configured {role}"),
+                    "a published column of that name",
+                    "add the column (or publish it), or change [[table]] in the configuration",
+                )
+            })
+        };
+        let key = config.and_then(|c| c.key.as_ref()).map(|k| column(k, "record key")).transpose()?;
+        let join = match config.and_then(|c| c.lookup.as_ref()) {
+            Some(lookup) => Some(self.join(lookup, column(&lookup.on, "lookup key")?, &mut columns)?),
+            None => None,
+        };
+        let derive = derive::plan(&table, config.map_or(&[], |c| &c.derive), &mut columns)?;
+        refuse_double_names(&table, &columns)?;
+        Ok(Layout { generation, table, primary_key, key, columns, plan: Plan { join, derive }, relation })
+    }
+
+    fn join(&self, lookup: &config::Lookup, on: usize, columns: &mut Vec<OutColumn>) -> Result<Join> {
+        let missing = |what: &str| {
+            Error::refused(
+                "lookup_state",
+                format!("the lookup state has no {what}"),
+                "the lookup tables and columns of [table.lookup]",
+                "falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
+            )
+        };
+        let table = self.caches.iter().position(|c| c.table.table == lookup.table);
+        let table = table.ok_or_else(|| missing(&format!("table \"{}\"", lookup.table)))?;
+        let known = &self.caches[table].table.columns;
+        let mut indexes = Vec::new();
+        for name in &lookup.columns {
+            let at =
+                known.iter().position(|c| c.name == *name).ok_or_else(|| missing(&format!("column \"{name}\"")))?;
+            indexes.push(at);
+            columns.push(OutColumn::new(name, Type::from_oid(known[at].type_oid, known[at].type_mod)));
+        }
+        Ok(Join { on, table, columns: indexes })
+    }
+
+    /// Appends lookup and derived columns to the source columns of a row. `scratch` holds the derived texts.
+    ///
+    /// # Errors
+    /// [`crate::value::BadValue`] when a cell is not of its column's type.
+    pub fn extend<'a>(&'a mut self, layout: &Layout, cells: &mut Cells<'a>, scratch: &'a mut Vec<u8>) -> Converted<()> {
+        if let Some(join) = &layout.plan.join {
+            scratch.clear();
+            let found = if write_text(layout.columns[join.on].ty, cells[join.on], scratch)? {
+                self.caches[join.table].rows.get(scratch.as_slice())
+            } else {
+                None
+            };
+            match found {
+                Some(_) => self.hits += 1,
+                None => self.misses += 1,
+            }
+            cells.extend(join.columns.iter().map(|at| match found.and_then(|row| row[*at].as_deref()) {
+                Some(text) => Cell::Text(text.as_bytes()),
+                None => Cell::Null,
+            }));
+        }
+        if !layout.plan.derive.is_empty() {
+            let quotients = derive::quotients(&layout.plan.derive, &layout.columns, cells)?;
+            scratch.clear();
+            let ends: smallvec::SmallVec<[Option<usize>; 4]> =
+                quotients.into_iter().map(|q| q.map(|q| q.write(scratch)).map(|()| scratch.len())).collect();
+            let mut start = 0;
+            for end in ends {
+                cells.push(end.map_or(Cell::Null, |end| Cell::Text(&scratch[start..end])));
+                start = end.unwrap_or(start);
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends NULL lookup and derived columns: for the delete of a row of which only the key is known.
+    pub fn extend_with_nulls(layout: &Layout, cells: &mut Cells<'_>) {
+        cells.resize(layout.columns.len(), Cell::Null);
+    }
+
+    /// Index of the lookup table with this name.
+    pub fn lookup(&self, table: &str) -> Option<usize> {
+        self.caches.iter().position(|c| c.table.table == table)
+    }
+
+    /// A lookup table's schema has come: remembers its columns' types.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when the key or a joined column is gone; [`Error::Fatal`] when the disk refuses.
+    pub fn relation(&mut self, table: usize, relation: &Relation, next: crate::lsn::Position) -> Result<()> {
+        let cache = &mut self.caches[table];
+        let find = |wanted: &ColumnType| {
+            let column = relation.columns.iter().find(|c| c.name == wanted.name).ok_or_else(|| {
+                Error::refused(
+                    "lookup_columns",
+                    format!("lookup table {} has no column \"{}\" any more", cache.table.table, wanted.name),
+                    "the key and the joined columns, published",
+                    "add the column again, or change [table.lookup] and run falaj init --adopt-slot",
+                )
+            })?;
+            Ok(ColumnType { name: column.name.clone(), type_oid: column.type_oid, type_mod: column.type_mod })
+        };
+        let fresh = LookupTable {
+            table: cache.table.table.clone(),
+            key: find(&cache.table.key)?,
+            columns: cache.table.columns.iter().map(find).collect::<Result<_>>()?,
+        };
+        if fresh == cache.table {
+            return Ok(());
+        }
+        self.record(table, next, LookupChange::Relation(fresh))
+    }
+
+    /// Folds a change of a lookup table into the cache and the log. Changes that the base already holds are left out.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] for a value that is not of its type, a row without a key, or a disk that refuses.
+    pub fn fold(&mut self, table: usize, relation: &Relation, change: &Change<'_>) -> Result<()> {
+        if change.at.commit_lsn < self.base {
+            return Ok(());
+        }
+        let key = |tuple: Tuple<'_>| self.key_of(table, relation, tuple);
+        let folded = match change.row {
+            RowChange::Insert(new) => vec![LookupChange::Put((key(new)?, self.values(table, relation, new, None)?))],
+            RowChange::Update(old, new) => {
+                let new_key = key(new)?;
+                let old_key = old.map(|o| key(o.tuple())).transpose()?.unwrap_or_else(|| new_key.clone());
+                let values = self.values(table, relation, new, Some(&old_key))?;
+                let moved = (old_key != new_key).then_some(LookupChange::Delete(old_key));
+                moved.into_iter().chain([LookupChange::Put((new_key, values))]).collect()
+            }
+            RowChange::Delete(old) => vec![LookupChange::Delete(key(old.tuple())?)],
+            RowChange::Truncate => vec![LookupChange::Truncate(true)],
+        };
+        folded.into_iter().try_for_each(|f| self.record(table, change.at, f))
+    }
+
+    fn record(&mut self, table: usize, at: crate::lsn::Position, change: LookupChange) -> Result<()> {
+        let entry = Entry { at, table, change };
+        self.log.append(&entry)?;
+        self.caches[table].apply(entry.change);
+        Ok(())
+    }
+
+    /// Makes every folded change durable. To be called before an acknowledgement passes it.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] when the disk refuses.
+    pub fn sync(&mut self) -> Result<()> {
+        self.log.sync()
+    }
+
+    fn key_of(&self, table: usize, relation: &Relation, tuple: Tuple<'_>) -> Result<String> {
+        let name = &self.caches[table].table.key.name;
+        text_of(relation, name, tuple)?.flatten().ok_or_else(|| {
+            Error::fatal(
+                format_args!("lookup table {}", relation.table()),
+                format_args!("a row without its key \"{name}\""),
+            )
+        })
+    }
+
+    /// The joined columns of a new row. An unchanged TOAST value is not in the WAL: the cached row has it.
+    fn values(
+        &self,
+        table: usize,
+        relation: &Relation,
+        new: Tuple<'_>,
+        old_key: Option<&str>,
+    ) -> Result<Vec<Option<String>>> {
+        let cache = &self.caches[table];
+        let cached = old_key.and_then(|key| cache.rows.get(key.as_bytes()));
+        let column = |(i, wanted): (usize, &ColumnType)| match text_of(relation, &wanted.name, new)? {
+            Some(value) => Ok(value),
+            None => Ok(cached.and_then(|row| row[i].as_deref()).map(str::to_owned)),
+        };
+        cache.table.columns.iter().enumerate().map(column).collect()
+    }
+}
+
+/// Text of a column of a tuple; outer `None` for an unchanged TOAST value.
+fn text_of(relation: &Relation, name: &str, tuple: Tuple<'_>) -> Result<Option<Option<String>>> {
+    let failed = |why: &dyn std::fmt::Display| Error::fatal(format_args!("lookup table {}", relation.table()), why);
+    let at = relation.index_of(name).ok_or_else(|| failed(&format_args!("no column \"{name}\"")))?;
+    let cell = tuple.cells().nth(at).ok_or_else(|| failed(&format_args!("a row of {} columns", tuple.len)))?;
+    if cell == Cell::Unchanged {
+        return Ok(None);
+    }
+    let mut text = Vec::new();
+    let there = write_text(relation.columns[at].ty(), cell, &mut text).map_err(|e| failed(&e))?;
+    let text = String::from_utf8(text).map_err(|e| failed(&e))?;
+    Ok(Some(there.then_some(text)))
+}
+
+fn empty_caches(header: &state::BaseHeader) -> Vec<Cache> {
+    header.tables.iter().map(|table| Cache { table: table.clone(), rows: HashMap::new() }).collect()
+}
+
+fn refuse_double_names(table: &str, columns: &[OutColumn]) -> Result<()> {
+    const OURS: [&str; 10] =
+        ["_id", "_op", "_table", "_lsn", "_commit_ts", "_old_key", "_unchanged", "_raw", "_commit_lsn", "_ordinal"];
+    let mut seen: std::collections::HashSet<&str> = OURS.into();
+    match columns.iter().find(|c| !seen.insert(&c.name)) {
+        None => Ok(()),
+        Some(double) => Err(Error::refused(
+            "column_names",
+            format!("table {table}: the name \"{}\" would stand twice in an event", double.name),
+            "source, lookup and derived columns with names of their own, none of falaj's own names (_id, _op, …)",
+            "rename the derived column, leave the lookup column out, or rename the source column",
+        )),
+    }
+}
+
+fn refused(dir: &Path, found: String) -> Error {
+    Error::refused(
+        "lookup_state",
+        format!("{}: {found}", dir.display()),
+        "the lookup state of this slot, with every lookup column of the configuration",
+        "restore state.dir, or run falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lsn::Position;
+    use crate::pgoutput::{Message, parse};
+    use crate::schema::Column;
+
+    fn row(cells: &[Option<&str>]) -> Vec<u8> {
+        let mut out = b"I\0\0\0\x01N".to_vec();
+        out.extend((cells.len() as u16).to_be_bytes());
+        for cell in cells {
+            match cell {
+                None => out.push(b'n'),
+                Some("<unchanged>") => out.push(b'u'),
+                Some(text) => {
+                    out.push(b't');
+                    out.extend((text.len() as u32).to_be_bytes());
+                    out.extend(text.as_bytes());
+                }
+            }
+        }
+        out
+    }
+
+    fn tuple(bytes: &[u8]) -> Tuple<'_> {
+        let Message::Insert { new, .. } = parse(bytes, false).unwrap() else { panic!() };
+        new
+    }
+
+    fn relation(name: &str, columns: &[(&str, u32)]) -> Relation {
+        let columns =
+            columns.iter().map(|(n, t)| Column { name: (*n).into(), type_oid: *t, type_mod: -1, identity: false });
+        Relation {
+            oid: 1,
+            namespace: "public".into(),
+            name: name.into(),
+            replica_identity: b'd',
+            columns: columns.collect(),
+        }
+    }
+
+    fn content() -> Relation {
+        relation("content", &[("id", 25), ("slug", 25), ("title", 25), ("content_type", 25), ("length_seconds", 23)])
+    }
+
+    fn enricher(dir: &Path, upto: u64) -> Result<Enricher> {
+        let identity = SlotIdentity { system_id: "7".into(), timeline: 1, slot: "falaj".into() };
+        if state::header(dir)?.is_none() {
+            let column = |name: &str, type_oid| ColumnType { name: name.into(), type_oid, type_mod: -1 };
+            let columns = vec![column("title", 25), column("content_type", 25), column("length_seconds", 23)];
+            let tables = vec![LookupTable { table: "content".into(), key: column("id", 25), columns }];
+            let header = state::BaseHeader {
+                version: 1,
+                identity: identity.clone(),
+                lsn: Lsn(100),
+                origin: Lsn(100),
+                adopted: false,
+                tables,
+            };
+            let mut base = state::BaseWriter::create(dir, &header)?;
+            base.row(0, "a", &[Some("Alif"), Some("podcast"), Some("60")])?;
+            base.finish()?;
+        }
+        let tables = config::Config::defaults()?.tables;
+        Enricher::load(dir, Checkpoint::whole(Lsn(upto)), &identity, &tables)
+    }
+
+    fn change(at: u64, row: RowChange<'_>) -> Change<'_> {
+        Change { at: Position { commit_lsn: Lsn(at), ordinal: 0 }, commit_ts: 0, relation: 1, row }
+    }
+
+    fn joined(e: &mut Enricher, key: Option<&str>) -> Vec<Option<String>> {
+        let events = relation("engagement_events", &[("id", 20), ("content_id", 25), ("duration_ms", 23)]);
+        let tables = config::Config::defaults().unwrap().tables;
+        let layout = e.layout(0, events, vec![0], Some(&tables[0])).unwrap();
+        let bytes = row(&[Some("1"), key, Some("900")]);
+        let mut scratch = Vec::new();
+        let mut cells: Cells<'_> = tuple(&bytes).cells().collect();
+        e.extend(&layout, &mut cells, &mut scratch).unwrap();
+        let text = |c: &Cell<'_>| match c {
+            Cell::Text(t) => Some(String::from_utf8(t.to_vec()).unwrap()),
+            _ => None,
+        };
+        cells[3..].iter().map(text).collect()
+    }
+
+    fn texts(values: [Option<&str>; 5]) -> Vec<Option<String>> {
+        values.map(|v| v.map(str::to_owned)).to_vec()
+    }
+
+    #[test]
+    fn events_see_lookup_rows_as_of_their_own_position() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut e = enricher(dir.path(), 100).unwrap();
+        assert_eq!(
+            joined(&mut e, Some("a")),
+            texts([Some("Alif"), Some("podcast"), Some("60"), Some("0.900"), Some("0.02")])
+        );
+        assert_eq!(joined(&mut e, None), texts([None, None, None, Some("0.900"), None]));
+        assert_eq!((e.hits, e.misses), (1, 1));
+
+        let bytes = row(&[Some("a"), Some("s"), Some("<unchanged>"), None, Some("30")]);
+        e.fold(0, &content(), &change(200, RowChange::Update(None, tuple(&bytes)))).unwrap();
+        assert_eq!(joined(&mut e, Some("a"))[..3], texts([Some("Alif"), None, Some("30"), None, None])[..3]);
+
+        let (old, new) =
+            (row(&[Some("a"), None, None, None, None]), row(&[Some("b"), Some("s"), Some("Ba"), None, None]));
+        let moved = RowChange::Update(Some(crate::pgoutput::Old::Key(tuple(&old))), tuple(&new));
+        e.fold(0, &content(), &change(300, moved)).unwrap();
+        assert_eq!(joined(&mut e, Some("a"))[0], None);
+        assert_eq!(joined(&mut e, Some("b"))[0].as_deref(), Some("Ba"));
+
+        e.fold(0, &content(), &change(400, RowChange::Truncate)).unwrap();
+        assert_eq!(joined(&mut e, Some("b"))[0], None);
+        e.sync().unwrap();
+
+        // A restart at any kept position sees what that position saw; later changes come again from the stream.
+        assert_eq!(joined(&mut enricher(dir.path(), 400).unwrap(), Some("b"))[0].as_deref(), Some("Ba"));
+        assert_eq!(
+            joined(&mut enricher(dir.path(), 300).unwrap(), Some("a"))[..1],
+            texts([Some("Alif"), None, None, None, None])[..1]
+        );
+    }
+
+    #[test]
+    fn a_column_that_would_stand_twice_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let e = enricher(dir.path(), 100).unwrap();
+        let tables = config::Config::defaults().unwrap().tables;
+        for (extra, check) in [("title", "column_names"), ("_id", "column_names")] {
+            let events =
+                relation("engagement_events", &[("id", 20), ("content_id", 25), ("duration_ms", 23), (extra, 25)]);
+            let Err(Error::Refused(r)) = e.layout(0, events, vec![0], Some(&tables[0])) else { panic!() };
+            assert_eq!(r.check, check);
+        }
+        let events = relation("engagement_events", &[("id", 20)]);
+        assert_eq!(e.layout(0, events, vec![0], Some(&tables[0])).unwrap_err().exit_code(), 78);
+    }
+}

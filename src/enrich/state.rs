@@ -1,0 +1,354 @@
+//! The lookup state on disk: a base at a position, and a log of lookup changes stamped with theirs.
+//!
+//! Together they give the lookup rows *as of* any position from the base on, so that a restart at the sinks'
+//! position enriches exactly as the first time. Both files are JSON lines, to be read by a person in an emergency.
+//!
+//! `base.jsonl`: a [`BaseHeader`], then one array `[table, key, value…]` a row, then `{"rows":N}`.
+//! `changes.jsonl`: one [`Entry`] a line. A torn last line was never acknowledged and is dropped.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, BufWriter, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
+
+const BASE: &str = "base.jsonl";
+const CHANGES: &str = "changes.jsonl";
+
+/// First line of the base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseHeader {
+    /// Layout version: 1.
+    pub version: u32,
+    /// The stream that the LSNs belong to.
+    pub identity: SlotIdentity,
+    /// The rows are as of this LSN: every transaction committed below it is in, none from it on.
+    pub lsn: Lsn,
+    /// Where the slot stood when `init` made or adopted it. A sink without a position may start only from here.
+    pub origin: Lsn,
+    /// Made by `--adopt-slot`: rows are those of that moment, although `lsn` may lie before it.
+    pub adopted: bool,
+    /// The lookup tables.
+    pub tables: Vec<LookupTable>,
+}
+
+/// A lookup table: its key and the columns that are joined.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LookupTable {
+    /// Table name as in the configuration.
+    pub table: String,
+    /// The primary key column.
+    pub key: ColumnType,
+    /// Joined columns, in the order of the rows' values.
+    pub columns: Vec<ColumnType>,
+}
+
+/// A column's name and `pg_attribute` type.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ColumnType {
+    /// Column name.
+    pub name: String,
+    /// `atttypid`
+    pub type_oid: u32,
+    /// `atttypmod`
+    pub type_mod: i32,
+}
+
+/// A lookup row: the key's text and the joined columns' texts, NULL as `None`.
+pub type Row = (String, Vec<Option<String>>);
+
+/// One line of the change log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Position of the change that caused it; for `Relation` that of the next change.
+    pub at: Position,
+    /// Index into the tables of the header.
+    pub table: usize,
+    /// What happened.
+    #[serde(flatten)]
+    pub change: LookupChange,
+}
+
+/// A change of a lookup table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LookupChange {
+    /// Insert or overwrite.
+    Put(Row),
+    /// Remove by key.
+    Delete(String),
+    /// Remove all.
+    Truncate(bool),
+    /// The columns' types have changed.
+    Relation(LookupTable),
+}
+
+/// Writes a base so that it appears whole or not at all.
+pub struct BaseWriter {
+    dir: PathBuf,
+    tmp: PathBuf,
+    out: BufWriter<File>,
+    rows: u64,
+}
+
+impl BaseWriter {
+    /// Starts a base in `dir`, which is created when absent.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] with the path when the disk refuses.
+    pub fn create(dir: &Path, header: &BaseHeader) -> Result<Self> {
+        let tmp = dir.join("base.tmp");
+        let mut out = at(dir, fs::create_dir_all(dir).and_then(|()| File::create(&tmp)).map(BufWriter::new))?;
+        at(dir, line(&mut out, header))?;
+        Ok(Self { dir: dir.to_owned(), tmp, out, rows: 0 })
+    }
+
+    /// Adds a row of table number `table`: key and values as Postgres's text.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] with the path when the disk refuses.
+    pub fn row(&mut self, table: usize, key: &str, values: &[Option<&str>]) -> Result<()> {
+        self.rows += 1;
+        at(&self.dir, line(&mut self.out, &(table, key, values)))
+    }
+
+    /// Makes the base the current one, durably, and empties the change log.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] with the path when the disk refuses.
+    pub fn finish(mut self) -> Result<()> {
+        let dir = self.dir;
+        let whole = (|| {
+            line(&mut self.out, &serde_json::json!({ "rows": self.rows }))?;
+            self.out.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
+            fs::rename(&self.tmp, dir.join(BASE))?;
+            // Entries that the new base already holds are told apart by position, so a crash between the two steps is harmless.
+            File::create(dir.join(CHANGES))?.sync_all()?;
+            File::open(&dir)?.sync_all()
+        })();
+        at(&dir, whole)
+    }
+}
+
+/// Reads the header of the base; `None` when there is no base.
+///
+/// # Errors
+/// [`Error::Refused`] when the file is there and is not a base.
+pub fn header(dir: &Path) -> Result<Option<BaseHeader>> {
+    match File::open(dir.join(BASE)) {
+        Ok(file) => Ok(Some(read_header(dir, &mut BufReader::new(file))?)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => at(dir, Err(e)),
+    }
+}
+
+/// Reads the state as of `upto`: hands every base row and every logged change below `upto.resume` to `apply`, in order,
+/// forgets the later ones, which the stream will bring again, and returns the header and the open log.
+///
+/// # Errors
+/// [`Error::Refused`] for a missing, torn or foreign file, and for a base that lies beyond `upto`.
+pub fn load(
+    dir: &Path,
+    upto: Checkpoint,
+    mut apply: impl FnMut(&BaseHeader, usize, LookupChange) -> Result<()>,
+) -> Result<(BaseHeader, ChangeLog)> {
+    let file = File::open(dir.join(BASE)).map_err(|e| missing(dir, &e.to_string()))?;
+    let mut lines = BufReader::new(file);
+    let header = read_header(dir, &mut lines)?;
+    if header.lsn > upto.resume {
+        return Err(Error::refused(
+            "lookup_state",
+            format!("{}: the lookup rows are as of {}, the sinks stand at {}", dir.display(), header.lsn, upto.resume),
+            "a state that reaches back to the sinks' position",
+            "falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
+        ));
+    }
+    read_rows(dir, lines, |table, row| apply(&header, table, LookupChange::Put(row)))?;
+    let log = ChangeLog::open(dir, |entry| {
+        let wanted = entry.at.commit_lsn >= header.lsn && entry.at.commit_lsn < upto.resume;
+        if wanted {
+            apply(&header, entry.table, entry.change).map(|()| true)
+        } else {
+            Ok(entry.at.commit_lsn < upto.resume)
+        }
+    })?;
+    Ok((header, log))
+}
+
+/// The open change log: appended by the stream, made durable before an acknowledgement passes it.
+pub struct ChangeLog {
+    dir: PathBuf,
+    out: BufWriter<File>,
+    dirty: bool,
+}
+
+impl ChangeLog {
+    /// Reads entries while `keep` says so and cuts the file there.
+    fn open(dir: &Path, mut keep: impl FnMut(Entry) -> Result<bool>) -> Result<Self> {
+        let path = dir.join(CHANGES);
+        let file = at(dir, OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path))?;
+        let mut lines = BufReader::new(&file);
+        let (mut kept, mut text) = (0_u64, String::new());
+        loop {
+            text.clear();
+            let read = at(dir, lines.read_line(&mut text))?;
+            if read == 0 || !text.ends_with('\n') {
+                break;
+            }
+            let entry: Entry =
+                serde_json::from_str(&text).map_err(|e| missing(dir, &format!("{CHANGES} at byte {kept}: {e}")))?;
+            if !keep(entry)? {
+                break;
+            }
+            kept += read as u64;
+        }
+        let mut file = file;
+        at(dir, file.set_len(kept).and_then(|()| file.seek(std::io::SeekFrom::End(0))))?;
+        Ok(Self { dir: dir.to_owned(), out: BufWriter::new(file), dirty: false })
+    }
+
+    /// Adds an entry; durable only after [`ChangeLog::sync`].
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] with the path when the disk refuses.
+    pub fn append(&mut self, entry: &Entry) -> Result<()> {
+        self.dirty = true;
+        at(&self.dir, line(&mut self.out, entry))
+    }
+
+    /// Makes every entry durable.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] with the path when the disk refuses.
+    pub fn sync(&mut self) -> Result<()> {
+        if self.dirty {
+            at(&self.dir, self.out.flush().and_then(|()| self.out.get_ref().sync_data()))?;
+            self.dirty = false;
+        }
+        Ok(())
+    }
+}
+
+fn read_header(dir: &Path, lines: &mut impl BufRead) -> Result<BaseHeader> {
+    let mut text = String::new();
+    at(dir, lines.read_line(&mut text))?;
+    let header: BaseHeader = serde_json::from_str(&text).map_err(|e| missing(dir, &format!("{BASE}, line 1: {e}")))?;
+    match header.version {
+        1 => Ok(header),
+        v => Err(missing(dir, &format!("{BASE} has version {v}"))),
+    }
+}
+
+fn read_rows(dir: &Path, lines: impl BufRead, mut row: impl FnMut(usize, Row) -> Result<()>) -> Result<()> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Line {
+        Row(usize, String, Vec<Option<String>>),
+        End { rows: u64 },
+    }
+    let mut seen = 0;
+    for text in lines.lines() {
+        let text = at(dir, text)?;
+        match serde_json::from_str(&text).map_err(|e| missing(dir, &format!("{BASE}, row {}: {e}", seen + 1)))? {
+            Line::Row(table, key, values) => row(table, (key, values))?,
+            Line::End { rows } if rows == seen => return Ok(()),
+            Line::End { rows } => return Err(missing(dir, &format!("{BASE} says {rows} rows and holds {seen}"))),
+        }
+        seen += 1;
+    }
+    Err(missing(dir, &format!("{BASE} ends after {seen} rows without its last line")))
+}
+
+fn missing(dir: &Path, found: &str) -> Error {
+    Error::refused(
+        "lookup_state",
+        format!("{}: {found}", dir.display()),
+        "the lookup state that `falaj init` wrote when it made the slot",
+        "restore state.dir, or run falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
+    )
+}
+
+fn line(out: &mut impl Write, value: &impl Serialize) -> std::io::Result<()> {
+    serde_json::to_writer(&mut *out, value)?;
+    out.write_all(b"\n")
+}
+
+fn at<T>(dir: &Path, outcome: std::io::Result<T>) -> Result<T> {
+    outcome.map_err(|e| Error::fatal(format_args!("lookup state in {}", dir.display()), e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> BaseHeader {
+        let column = |name: &str, type_oid| ColumnType { name: name.into(), type_oid, type_mod: -1 };
+        BaseHeader {
+            version: 1,
+            identity: SlotIdentity { system_id: "7".into(), timeline: 1, slot: "falaj".into() },
+            lsn: Lsn(100),
+            origin: Lsn(100),
+            adopted: false,
+            tables: vec![LookupTable {
+                table: "content".into(),
+                key: column("id", 2950),
+                columns: vec![column("title", 25)],
+            }],
+        }
+    }
+
+    fn put(at: u64, title: &str) -> Entry {
+        let change = LookupChange::Put(("k".into(), vec![Some(title.into())]));
+        Entry { at: Position { commit_lsn: Lsn(at), ordinal: 0 }, table: 0, change }
+    }
+
+    fn titles(dir: &Path, resume: u64) -> Vec<Option<String>> {
+        let mut seen = Vec::new();
+        load(dir, Checkpoint::whole(Lsn(resume)), |_, _, change| {
+            if let LookupChange::Put((_, mut values)) = change {
+                seen.push(values.remove(0));
+            }
+            Ok(())
+        })
+        .unwrap();
+        seen
+    }
+
+    #[test]
+    fn state_is_rebuilt_as_of_the_sinks_position_and_later_entries_are_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut base = BaseWriter::create(dir.path(), &sample()).unwrap();
+        base.row(0, "k", &[Some("α")]).unwrap();
+        base.finish().unwrap();
+        let (_, mut log) = load(dir.path(), Checkpoint::whole(Lsn(100)), |_, _, _| Ok(())).unwrap();
+        for (at, title) in [(100, "β"), (200, "γ"), (300, "δ")] {
+            log.append(&put(at, title)).unwrap();
+        }
+        log.sync().unwrap();
+        // A torn last line, as a crash leaves it.
+        OpenOptions::new().append(true).open(dir.path().join(CHANGES)).unwrap().write_all(b"{\"at\":").unwrap();
+        let some = |s: &str| Some(s.to_owned());
+        assert_eq!(titles(dir.path(), 1000), [some("α"), some("β"), some("γ"), some("δ")]);
+        assert_eq!(titles(dir.path(), 300), [some("α"), some("β"), some("γ")]);
+        assert_eq!(titles(dir.path(), 1000), [some("α"), some("β"), some("γ")]);
+    }
+
+    #[test]
+    fn a_torn_or_lost_base_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let upto = Checkpoint::whole(Lsn(100));
+        assert_eq!(load(dir.path(), upto, |_, _, _| Ok(())).err().unwrap().exit_code(), 78);
+        let mut base = BaseWriter::create(dir.path(), &sample()).unwrap();
+        base.row(0, "k", &[None]).unwrap();
+        base.finish().unwrap();
+        assert_eq!(load(dir.path(), Checkpoint::whole(Lsn(99)), |_, _, _| Ok(())).err().unwrap().exit_code(), 78);
+        let text = fs::read_to_string(dir.path().join(BASE)).unwrap();
+        let cut = text.trim_end().rsplit_once('\n').unwrap().0;
+        fs::write(dir.path().join(BASE), cut).unwrap();
+        assert_eq!(load(dir.path(), upto, |_, _, _| Ok(())).err().unwrap().exit_code(), 78);
+        assert_eq!(header(dir.path()).unwrap(), Some(sample()));
+    }
+}

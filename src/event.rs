@@ -1,0 +1,294 @@
+//! An event: a change with its lookup and derived columns, and its bytes as JSON.
+//!
+//! The body holds nothing of the clock or the process, so the same change gives the same bytes whenever it is sent.
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::change::Op;
+use crate::enrich::Plan;
+use crate::lsn::Position;
+use crate::pgoutput::Cell;
+use crate::schema::{Relation, Type};
+use crate::value::{self, BadValue, Converted, write_json, write_json_string};
+
+/// Cells of one event; up to 32 columns without an allocation.
+pub type Cells<'a> = SmallVec<[Cell<'a>; 32]>;
+
+/// How the events of one relation, under one schema, look.
+#[derive(Debug)]
+pub struct Layout {
+    /// Grows with every new layout of this process; tells schemas of one table apart.
+    pub generation: u32,
+    /// The relation as the stream described it.
+    pub relation: Relation,
+    /// Its name outside.
+    pub table: String,
+    /// Indexes of the primary key's columns.
+    pub primary_key: Vec<usize>,
+    /// Column whose text is the record key, where configured.
+    pub key: Option<usize>,
+    /// Source, lookup and derived columns, in this order.
+    pub columns: Vec<OutColumn>,
+    /// What the enricher adds.
+    pub plan: Plan,
+}
+
+/// A column of the event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutColumn {
+    /// Its name.
+    pub name: String,
+    /// Its type.
+    pub ty: Type,
+    /// `"name":` as JSON.
+    label: Vec<u8>,
+}
+
+impl OutColumn {
+    /// A column with its JSON label.
+    pub fn new(name: &str, ty: Type) -> Self {
+        let mut label = Vec::new();
+        write_json_string(name, &mut label);
+        label.push(b':');
+        Self { name: name.to_owned(), ty, label }
+    }
+}
+
+/// One event, borrowed from the chunk it came in.
+#[derive(Debug)]
+pub struct Event<'a> {
+    /// Its identity.
+    pub at: Position,
+    /// Commit time, µs since the Unix epoch.
+    pub commit_ts: i64,
+    /// What happened.
+    pub op: Op,
+    /// How it looks.
+    pub layout: &'a Arc<Layout>,
+    /// Source, lookup and derived columns; empty for a truncate.
+    pub cells: Cells<'a>,
+    /// The old row or key, where an update changed the primary key.
+    pub old_key: Option<Cells<'a>>,
+}
+
+impl Event<'_> {
+    /// Appends the JSON body.
+    ///
+    /// # Errors
+    /// [`BadValue`] when a cell is not of its column's type.
+    pub fn write_json(&self, out: &mut Vec<u8>) -> Converted<()> {
+        out.push(b'{');
+        for (column, cell) in self.layout.columns.iter().zip(&self.cells) {
+            if *cell != Cell::Unchanged {
+                out.extend_from_slice(&column.label);
+                write_json(column.ty, *cell, out)?;
+                out.push(b',');
+            }
+        }
+        self.write_identity(out);
+        if self.old_key.is_some() {
+            out.extend_from_slice(b",\"_old_key\":");
+            self.write_old_key(out)?;
+        }
+        if self.has_unchanged() {
+            out.extend_from_slice(b",\"_unchanged\":");
+            self.write_unchanged(out);
+        }
+        out.push(b'}');
+        Ok(())
+    }
+
+    fn write_identity(&self, out: &mut Vec<u8>) {
+        let Position { commit_lsn, ordinal } = self.at;
+        out.extend_from_slice(b"\"_id\":\"");
+        write_hex_padded(commit_lsn.0, out);
+        out.push(b':');
+        write_ten_digits(ordinal, out);
+        out.extend_from_slice(b"\",\"_op\":\"");
+        out.extend_from_slice(self.op.letter().as_bytes());
+        out.extend_from_slice(b"\",\"_table\":");
+        write_json_string(&self.layout.table, out);
+        out.extend_from_slice(b",\"_lsn\":\"");
+        write_hex(commit_lsn.0 >> 32, out);
+        out.push(b'/');
+        write_hex(commit_lsn.0 & 0xFFFF_FFFF, out);
+        out.extend_from_slice(b"\",\"_commit_ts\":\"");
+        value::write_rfc3339(self.commit_ts, "Z", out);
+        out.push(b'"');
+    }
+
+    /// Whether a column is an unchanged TOAST value.
+    pub fn has_unchanged(&self) -> bool {
+        self.op == Op::Update && self.cells.contains(&Cell::Unchanged)
+    }
+
+    /// Appends the names of the unchanged columns as a JSON array.
+    pub fn write_unchanged(&self, out: &mut Vec<u8>) {
+        out.push(b'[');
+        let unchanged = self.layout.columns.iter().zip(&self.cells).filter(|(_, cell)| **cell == Cell::Unchanged);
+        for (i, (column, _)) in unchanged.enumerate() {
+            if i > 0 {
+                out.push(b',');
+            }
+            write_json_string(&column.name, out);
+        }
+        out.push(b']');
+    }
+
+    /// Appends the record key: the configured column's text, else the primary key's (a JSON array of texts when
+    /// composite), else the event id: never something random. A truncate has none.
+    ///
+    /// # Errors
+    /// [`BadValue`] when a cell is not of its column's type.
+    pub fn write_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
+        if self.op == Op::Truncate {
+            return Ok(false);
+        }
+        if let Some(column) = self.layout.key
+            && value::write_text(self.layout.columns[column].ty, self.cells[column], out)?
+        {
+            return Ok(true);
+        }
+        match self.layout.primary_key[..] {
+            [] => out.extend_from_slice(self.at.event_id().as_bytes()),
+            [one] => drop(value::write_text(self.layout.columns[one].ty, self.cells[one], out)?),
+            ref several => self.write_composite(several, out)?,
+        }
+        Ok(true)
+    }
+
+    fn write_composite(&self, columns: &[usize], out: &mut Vec<u8>) -> Converted<()> {
+        out.push(b'[');
+        for (i, column) in columns.iter().enumerate() {
+            if i > 0 {
+                out.push(b',');
+            }
+            let (ty, mut text) = (self.layout.columns[*column].ty, Vec::new());
+            value::write_text(ty, self.cells[*column], &mut text)?;
+            let text = std::str::from_utf8(&text).map_err(|e| BadValue { ty, found: e.to_string() })?;
+            write_json_string(text, out);
+        }
+        out.push(b']');
+        Ok(())
+    }
+
+    /// Appends the old primary key as a JSON object, where an update changed it.
+    ///
+    /// # Errors
+    /// [`BadValue`] when a cell is not of its column's type.
+    pub fn write_old_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
+        let Some(old) = &self.old_key else { return Ok(false) };
+        for (i, at) in self.layout.primary_key.iter().enumerate() {
+            out.push(if i == 0 { b'{' } else { b',' });
+            let column = &self.layout.columns[*at];
+            out.extend_from_slice(&column.label);
+            write_json(column.ty, old[*at], out)?;
+        }
+        out.push(b'}');
+        Ok(true)
+    }
+}
+
+fn write_hex_padded(n: u64, out: &mut Vec<u8>) {
+    for shift in (0..64).step_by(4).rev() {
+        out.push(UPPER[(n >> shift & 15) as usize]);
+    }
+}
+
+fn write_hex(n: u64, out: &mut Vec<u8>) {
+    let digits = (64 - n.leading_zeros()).div_ceil(4).max(1);
+    for shift in (0..digits).rev() {
+        out.push(UPPER[(n >> (4 * shift) & 15) as usize]);
+    }
+}
+
+fn write_ten_digits(n: u64, out: &mut Vec<u8>) {
+    let mut buffer = itoa::Buffer::new();
+    let digits = buffer.format(n).as_bytes();
+    out.extend(std::iter::repeat_n(b'0', 10_usize.saturating_sub(digits.len())));
+    out.extend_from_slice(digits);
+}
+
+const UPPER: &[u8; 16] = b"0123456789ABCDEF";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lsn::Lsn;
+    use crate::schema::Column;
+
+    fn layout() -> Arc<Layout> {
+        Arc::new(bare())
+    }
+
+    fn bare() -> Layout {
+        let column = |name: &str, type_oid, identity| Column { name: name.into(), type_oid, type_mod: -1, identity };
+        let columns = vec![column("id", 20, true), column("content_id", 2950, false), column("note", 25, false)];
+        Layout {
+            generation: 0,
+            columns: columns.iter().map(|c| OutColumn::new(&c.name, c.ty())).collect(),
+            relation: Relation {
+                oid: 1,
+                namespace: "public".into(),
+                name: "t".into(),
+                replica_identity: b'd',
+                columns,
+            },
+            table: "t".into(),
+            primary_key: vec![0],
+            key: Some(1),
+            plan: Plan::default(),
+        }
+    }
+
+    fn event<'a>(layout: &'a Arc<Layout>, op: Op, cells: &[Cell<'a>]) -> Event<'a> {
+        let at = Position { commit_lsn: Lsn(0x16_B374_D848), ordinal: 3 };
+        Event { at, commit_ts: 946_684_800_000_000, op, layout, cells: cells.into(), old_key: None }
+    }
+
+    fn json(event: &Event<'_>) -> String {
+        let mut out = Vec::new();
+        event.write_json(&mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    fn key(event: &Event<'_>) -> Option<String> {
+        let mut out = Vec::new();
+        event.write_key(&mut out).unwrap().then(|| String::from_utf8(out).unwrap())
+    }
+
+    #[test]
+    fn body_and_key_of_each_kind() {
+        let l = layout();
+        let e = event(&l, Op::Create, &[Cell::Text(b"7"), Cell::Null, Cell::Text("é\"".as_bytes())]);
+        let identity = r#""_id":"00000016B374D848:0000000003","_op":"c","_table":"t","_lsn":"16/B374D848","_commit_ts":"2000-01-01T00:00:00.000000Z""#;
+        assert_eq!(json(&e), format!(r#"{{"id":7,"content_id":null,"note":"é\"",{identity}}}"#));
+        assert_eq!(key(&e).as_deref(), Some("7"));
+
+        let mut e = event(
+            &l,
+            Op::Update,
+            &[Cell::Text(b"8"), Cell::Text(b"11111111-1111-1111-1111-111111111111"), Cell::Unchanged],
+        );
+        e.old_key = Some([Cell::Text(b"7"), Cell::Null, Cell::Null].as_slice().into());
+        assert!(json(&e).ends_with(r#","_old_key":{"id":7},"_unchanged":["note"]}"#), "{}", json(&e));
+        assert!(!json(&e).contains("\"note\":"));
+        assert_eq!(key(&e).as_deref(), Some("11111111-1111-1111-1111-111111111111"));
+
+        let e = event(&l, Op::Truncate, &[]);
+        assert!(json(&e).starts_with("{\"_id\":"));
+        assert_eq!(key(&e), None);
+    }
+
+    #[test]
+    fn without_any_key_the_event_id_is_the_record_key() {
+        let l = Arc::new(Layout { primary_key: vec![], key: None, ..bare() });
+        let e = event(&l, Op::Create, &[Cell::Text(b"7"), Cell::Null, Cell::Null]);
+        assert_eq!(key(&e).as_deref(), Some("00000016B374D848:0000000003"));
+        let l = Arc::new(Layout { primary_key: vec![0, 2], key: None, ..bare() });
+        let e = event(&l, Op::Create, &[Cell::Text(b"7"), Cell::Null, Cell::Text(b"a\"b")]);
+        assert_eq!(key(&e).as_deref(), Some(r#"["7","a\"b"]"#));
+    }
+}

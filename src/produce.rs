@@ -1,0 +1,137 @@
+//! The one loop: slot → decode → enrich → sinks → feedback.
+//!
+//! Every failure that can pass ends the session: open transactions are rolled back, and the next session starts from the
+//! positions that the sinks have stored. There is no other way to recover, so this one is well trodden.
+
+mod lag;
+mod session;
+mod until;
+mod walk;
+
+use std::time::Instant;
+
+use tokio::time::{Duration, MissedTickBehavior, interval};
+use tracing::{info, warn};
+
+use crate::cli;
+use crate::config::SinkName;
+use crate::error::{Error, Result};
+use crate::lsn::Lsn;
+use crate::world::{START_PATIENCE, World, backoff};
+use session::Session;
+use until::Until;
+
+/// How often age limits are looked at and lag is measured.
+const TICK: Duration = Duration::from_millis(500);
+/// How often a position that moves without events is stored.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// How a session ended.
+enum End {
+    /// All that was asked for is durable and acknowledged.
+    Done,
+    /// The stream has to be read again, with what this session has learnt.
+    Again,
+}
+
+/// Runs the role until shutdown, or until `--until-lsn` is reached.
+///
+/// # Errors
+/// [`Error::Refused`] before anything is written; [`Error::Fenced`] when another owner has taken over;
+/// [`Error::Unreachable`] when a server cannot be reached at the start.
+pub async fn run(world: &World, args: &cli::Produce) -> Result<()> {
+    let chosen = choose(&world.config.produce.sinks, args.sinks.as_deref())?;
+    let mut until = args.until_lsn.map(Until::new);
+    let (started, mut delays, mut has_run) = (Instant::now(), backoff(), false);
+    while !world.stop.is_cancelled() {
+        let outcome = match Session::open(world, &chosen).await {
+            Ok(None) => return Ok(()),
+            Ok(Some(session)) => {
+                (has_run, delays) = (true, backoff());
+                world.health.ok("replication");
+                run_session(world, session, until.as_mut()).await
+            }
+            Err(error) => Err(error),
+        };
+        let error = match outcome {
+            Ok(End::Done) => return Ok(()),
+            Ok(End::Again) => continue,
+            Err(error) => error,
+        };
+        world.health.failing("replication", &error);
+        if !error.is_transient() || (!has_run && started.elapsed() > START_PATIENCE) {
+            return Err(error);
+        }
+        let delay = delays.next().unwrap_or(Duration::from_secs(5));
+        warn!(%error, ?delay, "starting again from the stored positions");
+        metrics::counter!("falaj_produce_restarts_total").increment(1);
+        let _ = world.pause(delay).await;
+    }
+    Ok(())
+}
+
+/// The sinks of this run: all configured ones, or those of the flag.
+fn choose(configured: &[SinkName], flag: Option<&[SinkName]>) -> Result<Vec<SinkName>> {
+    let chosen = flag.unwrap_or(configured);
+    match chosen.iter().find(|sink| !configured.contains(sink)) {
+        None => Ok(chosen.to_vec()),
+        Some(sink) => Err(Error::Usage(format!(
+            "--sinks names {sink:?}, which is not configured: only the sinks of produce.sinks hold the acknowledgement back; add it there"
+        ))),
+    }
+}
+
+async fn run_session(world: &World, mut session: Session, mut until: Option<&mut Until>) -> Result<End> {
+    let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut idle = Instant::now();
+    let outcome = loop {
+        tokio::select! {
+            biased;
+            () = world.stop.cancelled() => break drain(&mut session).await.map(|()| End::Done),
+            moved = session.outlets.moved() => match moved.and_then(|()| session.acknowledge()) {
+                Ok(()) => {}
+                Err(error) => break Err(error),
+            },
+            _ = tick.tick() => {
+                session.measure();
+                let rest = idle.elapsed() >= IDLE;
+                if rest {
+                    idle = Instant::now();
+                }
+                if let Err(error) = session.settle(rest).await {
+                    break Err(error);
+                }
+            }
+            chunk = session.stream.next() => {
+                let walked = match chunk {
+                    Ok(chunk) => session.walk(&chunk, until.as_deref_mut()).await,
+                    Err(error) => Err(error),
+                };
+                match walked {
+                    Ok(None) => {}
+                    Ok(Some(until::Reached::End(at))) => break finish(&mut session, at).await,
+                    Ok(Some(until::Reached::ReadAgain)) => break Ok(End::Again),
+                    Err(error) => break Err(error),
+                }
+            }
+        }
+    };
+    session.close().await;
+    outcome
+}
+
+/// Makes everything that has been walked durable and acknowledges it.
+async fn drain(session: &mut Session) -> Result<()> {
+    let checkpoint = session.walk.checkpoint();
+    info!(%checkpoint.resume, "draining");
+    session.outlets.store(checkpoint).await?;
+    session.acknowledge()
+}
+
+async fn finish(session: &mut Session, at: Lsn) -> Result<End> {
+    session.walk.reach(at);
+    drain(session).await?;
+    info!(lsn = %at, "reached");
+    Ok(End::Done)
+}

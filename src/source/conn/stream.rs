@@ -1,0 +1,129 @@
+//! An open byte stream to Postgres: TCP, TLS over TCP, or a unix socket.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use pgwire_replication::protocol::framing::write_ssl_request;
+use pgwire_replication::tls::rustls::MaybeTlsStream;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream, lookup_host};
+
+use super::tls::{self, Mode};
+use super::{Conninfo, Target};
+use crate::error::{Error, Result};
+
+/// An open connection. Dropping it closes it.
+pub enum Stream {
+    /// TCP, with or without TLS.
+    Tcp(MaybeTlsStream),
+    /// A unix socket.
+    Unix(UnixStream),
+}
+
+impl Conninfo {
+    /// Opens a connection to one host, with TLS when `tls` and the server agree.
+    pub(super) async fn open(&self, target: &Target, tls: bool) -> Result<Stream> {
+        if target.is_socket() {
+            let path = target.address();
+            return UnixStream::connect(&path).await.map(Stream::Unix).map_err(|e| socket_error(&path, &e));
+        }
+        let what = self.name(target);
+        let mut tcp = self.connect(target).await.map_err(|e| Error::unreachable(&what, e))?;
+        if !tls {
+            return Ok(Stream::Tcp(MaybeTlsStream::Plain(tcp)));
+        }
+        if agrees_to_tls(&mut tcp).await.map_err(|e| Error::unreachable(&what, e))? {
+            let session = tls::handshake(&self.ssl, &target.host, tcp).await?;
+            return Ok(Stream::Tcp(MaybeTlsStream::Tls(Box::new(session))));
+        }
+        match self.ssl.mode {
+            Mode::Disable | Mode::Prefer => Ok(Stream::Tcp(MaybeTlsStream::Plain(tcp))),
+            Mode::Require | Mode::VerifyCa | Mode::VerifyFull => Err(tls::not_offered(&what)),
+        }
+    }
+
+    /// Tries every address of the host's name.
+    async fn connect(&self, target: &Target) -> io::Result<TcpStream> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        for address in lookup_host((target.addr.as_deref().unwrap_or(&target.host), target.port)).await? {
+            match TcpStream::connect(address).await {
+                Ok(tcp) => return self.tune(tcp),
+                Err(e) => last = e,
+            }
+        }
+        Err(last)
+    }
+
+    /// No waiting for more to send; a dead peer is noticed.
+    fn tune(&self, tcp: TcpStream) -> io::Result<TcpStream> {
+        tcp.set_nodelay(true)?;
+        let socket = SockRef::from(&tcp);
+        if self.tcp.keepalive {
+            let keepalive = TcpKeepalive::new()
+                .with_time(self.tcp.idle)
+                .with_interval(self.tcp.interval)
+                .with_retries(self.tcp.count);
+            socket.set_tcp_keepalive(&keepalive)?;
+        }
+        if let Some(limit) = self.tcp.user_timeout {
+            socket.set_tcp_user_timeout(Some(limit))?;
+        }
+        Ok(tcp)
+    }
+}
+
+/// SSLRequest; the answer is a single byte, and nothing may follow it before the handshake.
+async fn agrees_to_tls(tcp: &mut TcpStream) -> io::Result<bool> {
+    write_ssl_request(tcp).await.map_err(io::Error::other)?;
+    match tcp.read_u8().await? {
+        b'S' => Ok(true),
+        b'N' => Ok(false),
+        other => Err(io::Error::other(format!("byte {other:#04x} instead of an answer to SSLRequest"))),
+    }
+}
+
+fn socket_error(path: &str, e: &io::Error) -> Error {
+    match e.kind() {
+        io::ErrorKind::PermissionDenied => Error::refused(
+            "postgres_socket",
+            format!("{path}: {e}"),
+            "a socket that this user may open",
+            "mend unix_socket_permissions of the server, or connect by TCP",
+        ),
+        _ => Error::unreachable(format!("Postgres at {path}"), e),
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(s) => Pin::new(s).poll_read(cx, buf),
+            Self::Unix(s) => Pin::new(s).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(s) => Pin::new(s).poll_write(cx, buf),
+            Self::Unix(s) => Pin::new(s).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(s) => Pin::new(s).poll_flush(cx),
+            Self::Unix(s) => Pin::new(s).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(s) => Pin::new(s).poll_shutdown(cx),
+            Self::Unix(s) => Pin::new(s).poll_shutdown(cx),
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! The slot and the catalogue, as SQL sees them.
+
+use tokio_postgres::Client;
+
+use crate::error::{Error, Result};
+use crate::lsn::{Checkpoint, Lsn};
+use crate::schema::{Relation, Type};
+
+/// A row of `pg_replication_slots`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotState {
+    /// Output plugin.
+    pub plugin: Option<String>,
+    /// Database that the slot belongs to.
+    pub database: Option<String>,
+    /// Process that reads it now.
+    pub active_pid: Option<i32>,
+    /// Everything committed below it has been acknowledged.
+    pub confirmed_flush_lsn: Lsn,
+    /// `reserved`, `extended`, `unreserved` or `lost`.
+    pub wal_status: Option<String>,
+}
+
+/// Reads the slot; `None` when there is none of that name.
+///
+/// # Errors
+/// [`Error::Unreachable`] when the connection is lost.
+pub async fn read(client: &Client, slot: &str) -> Result<Option<SlotState>> {
+    let sql = "SELECT plugin::text, database::text, active_pid, confirmed_flush_lsn::text, wal_status::text \
+               FROM pg_catalog.pg_replication_slots WHERE slot_name::text = $1 AND slot_type = 'logical'";
+    let Some(row) = client.query_opt(sql, &[&slot]).await.map_err(lost)? else { return Ok(None) };
+    Ok(Some(SlotState {
+        plugin: row.get(0),
+        database: row.get(1),
+        active_pid: row.get(2),
+        confirmed_flush_lsn: parse_lsn(row.get::<_, Option<&str>>(3).unwrap_or("0/0"))?,
+        wal_status: row.get(4),
+    }))
+}
+
+/// Refuses a slot that cannot be streamed from: absent, of another plugin or database, or lost.
+///
+/// # Errors
+/// [`Error::Refused`] with the ways out.
+pub fn require(slot: &str, state: Option<SlotState>, database: &str) -> Result<SlotState> {
+    let refuse = |found: String, fix: &str| {
+        Error::refused(
+            "slot",
+            found,
+            format!("a pgoutput slot \"{slot}\" in database \"{database}\", with its WAL"),
+            fix,
+        )
+    };
+    let Some(state) = state else {
+        return Err(refuse(format!("no slot \"{slot}\""), "falaj init"));
+    };
+    if state.plugin.as_deref() != Some("pgoutput") {
+        return Err(refuse(
+            format!("slot \"{slot}\" has plugin {:?}", state.plugin),
+            "choose another postgres.slot, then falaj init",
+        ));
+    }
+    if state.database.as_deref() != Some(database) {
+        return Err(refuse(
+            format!("slot \"{slot}\" belongs to database {:?}", state.database.unwrap_or_default()),
+            "connect to that database, or choose another postgres.slot",
+        ));
+    }
+    if state.wal_status.as_deref() == Some("lost") {
+        return Err(refuse(
+            format!(
+                "slot \"{slot}\" is lost: Postgres has removed WAL that was not acknowledged (max_slot_wal_keep_size)"
+            ),
+            "changes are missing for good; drop the slot, choose another pipeline name, falaj init, and backfill",
+        ));
+    }
+    Ok(state)
+}
+
+/// Refuses a sink's position that does not fit the slot: nothing may be skipped, and nothing invented.
+///
+/// # Errors
+/// [`Error::Refused`] with both LSNs, what happened, and the ways out.
+pub fn require_position(
+    sink: &str,
+    position: Option<Checkpoint>,
+    confirmed: Lsn,
+    origin: Lsn,
+    server: Lsn,
+) -> Result<Checkpoint> {
+    let Some(position) = position else {
+        if confirmed == origin {
+            return Ok(Checkpoint::whole(origin));
+        }
+        return Err(Error::refused(
+            "sink_position",
+            format!(
+                "{sink} has no position, and the slot has been acknowledged up to {confirmed} (it began at {origin})"
+            ),
+            format!("a {sink} that has everything below {confirmed}"),
+            format!(
+                "put the {sink} data back, or take \"{}\" out of produce.sinks, or start anew: another pipeline name, drop the slot, falaj init",
+                sink
+            ),
+        ));
+    };
+    if confirmed > position.resume {
+        return Err(Error::refused(
+            "sink_position",
+            format!(
+                "{sink} stands at {}, the slot has been acknowledged up to {confirmed}: somebody advanced it, or {sink} lost data",
+                position.resume
+            ),
+            format!("confirmed_flush_lsn at or below the position of every sink ({})", position.resume),
+            format!(
+                "the changes in between will not come again: put back the {sink} data that reaches {confirmed}, or start anew: another pipeline name, drop the slot, falaj init"
+            ),
+        ));
+    }
+    if position.resume > server {
+        return Err(Error::refused(
+            "sink_position",
+            format!(
+                "{sink} stands at {}, the server's WAL ends at {server}: this is another server, or it was restored from an older backup",
+                position.resume
+            ),
+            "a server that has everything the sinks have",
+            "connect to the right server; after a restore start anew: another pipeline name, drop the slot, falaj init",
+        ));
+    }
+    Ok(position)
+}
+
+/// End of the server's WAL.
+///
+/// # Errors
+/// [`Error::Unreachable`] when the connection is lost.
+pub async fn server_lsn(client: &Client) -> Result<Lsn> {
+    let sql = "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END)::text";
+    let row = client.query_one(sql, &[]).await.map_err(lost)?;
+    parse_lsn(row.get(0))
+}
+
+/// Whether every published column has a type whose binary form is known. One other column, and the stream runs in text.
+///
+/// # Errors
+/// [`Error::Refused`] when the publication does not exist; [`Error::Unreachable`] when the connection is lost.
+pub async fn can_be_binary(client: &Client, publication: &str) -> Result<bool> {
+    let exists = "SELECT 1 FROM pg_catalog.pg_publication WHERE pubname::text = $1";
+    if client.query_opt(exists, &[&publication]).await.map_err(lost)?.is_none() {
+        return Err(Error::refused(
+            "publication",
+            format!("no publication \"{publication}\""),
+            "a publication of the tables to stream",
+            "falaj init",
+        ));
+    }
+    let sql = "SELECT DISTINCT a.atttypid FROM pg_catalog.pg_publication_tables p \
+               JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname \
+               JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename \
+               JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+               WHERE p.pubname::text = $1";
+    let rows = client.query(sql, &[&publication]).await.map_err(lost)?;
+    Ok(rows.iter().all(|row| Type::from_oid(row.get(0), -1).has_binary()))
+}
+
+/// Indexes of a relation's primary key columns. Under the default identity the stream says it; else the catalogue does.
+///
+/// # Errors
+/// [`Error::Unreachable`] when the connection is lost.
+pub async fn primary_key(client: &Client, relation: &Relation) -> Result<Vec<usize>> {
+    if relation.replica_identity == b'd' {
+        return Ok((0..relation.columns.len()).filter(|i| relation.columns[*i].identity).collect());
+    }
+    let sql = "SELECT a.attname::text FROM pg_catalog.pg_index i \
+               JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[]) \
+               WHERE i.indrelid = $1 AND i.indisprimary ORDER BY array_position(i.indkey::int2[], a.attnum)";
+    let rows = client.query(sql, &[&relation.oid]).await.map_err(lost)?;
+    Ok(rows.iter().filter_map(|row| relation.index_of(row.get(0))).collect())
+}
+
+fn parse_lsn(text: &str) -> Result<Lsn> {
+    text.parse().map_err(|e| Error::fatal("reading an LSN from Postgres", e))
+}
+
+fn lost(e: tokio_postgres::Error) -> Error {
+    match e.as_db_error() {
+        Some(db) if db.code().code().starts_with("42") => Error::refused(
+            "postgres_rights",
+            db.to_string(),
+            "LOGIN, REPLICATION, and SELECT on the published tables",
+            "GRANT the right that is named (sql/03_roles.sql)",
+        ),
+        _ => Error::unreachable("Postgres", e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> SlotState {
+        SlotState {
+            plugin: Some("pgoutput".into()),
+            database: Some("app".into()),
+            active_pid: None,
+            confirmed_flush_lsn: Lsn(100),
+            wal_status: Some("reserved".into()),
+        }
+    }
+
+    #[test]
+    fn an_unfit_slot_is_refused_with_the_way_out() {
+        assert_eq!(require("falaj", Some(state()), "app").unwrap(), state());
+        for (unfit, word) in [
+            (None, "no slot"),
+            (Some(SlotState { plugin: Some("test_decoding".into()), ..state() }), "test_decoding"),
+            (Some(SlotState { database: Some("other".into()), ..state() }), "other"),
+            (Some(SlotState { wal_status: Some("lost".into()), ..state() }), "lost"),
+        ] {
+            let error = require("falaj", unfit, "app").unwrap_err();
+            assert!(error.exit_code() == 78 && error.to_string().contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_position_that_does_not_fit_the_slot_is_refused_with_both_lsns() {
+        let at = |lsn| Some(Checkpoint::whole(Lsn(lsn)));
+        let check = |position, confirmed| require_position("kafka", position, Lsn(confirmed), Lsn(50), Lsn(1000));
+        assert_eq!(check(at(200), 100).unwrap().resume, Lsn(200));
+        assert_eq!(check(None, 50).unwrap().resume, Lsn(50));
+        for (position, confirmed, both) in
+            [(None, 100, ["0/64", "0/32"]), (at(99), 100, ["0/63", "0/64"]), (at(1001), 100, ["0/3E9", "0/3E8"])]
+        {
+            let text = check(position, confirmed).unwrap_err().to_string();
+            assert!(both.iter().all(|lsn| text.contains(lsn)), "{text}");
+        }
+    }
+}

@@ -1,0 +1,483 @@
+//! The CopyBoth stream: one thread that only reads, cuts whole messages, and gives feedback on its own timer.
+//!
+//! The walsender wakes a sleeping reader once per message and pays for it. While a backlog is there the reader lets the
+//! socket fill for half a millisecond and then takes a large gulp, which nearly doubles what one walsender can send.
+//! Feedback never depends on the sinks: it goes out while they block and in the middle of a huge transaction.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use pgwire_replication::protocol::messages::ErrorFields;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, Result};
+use crate::lsn::Lsn;
+use crate::pgoutput::EPOCH_MICROS;
+use crate::sink::Durable;
+
+/// Free space of the read buffer before each read.
+const GULP: usize = 256 << 10;
+/// How often feedback may be sent when the acknowledgement has moved.
+const TICK: Duration = Duration::from_millis(100);
+/// Feedback is sent at least this often; the server's patience (`wal_sender_timeout`) is 60 s by default.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How long the server may take to confirm the end of the stream.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// Largest message that is accepted: Postgres's own limit of one field is 1 GiB.
+const LARGEST: usize = (1 << 30) + (64 << 20);
+
+/// The running stream.
+pub struct Stream {
+    chunks: mpsc::UnboundedReceiver<Result<Chunk>>,
+    flush: watch::Sender<Lsn>,
+    finish: CancellationToken,
+}
+
+/// Whole messages as they came off the wire, in one buffer.
+pub struct Chunk {
+    bytes: Bytes,
+    _share: OwnedSemaphorePermit,
+}
+
+/// One CopyData message.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Frame<'a> {
+    /// XLogData: a pgoutput message.
+    Data(&'a [u8]),
+    /// Primary keepalive: everything committed below `wal_end` has been sent.
+    Keepalive {
+        /// End of what the server has decoded and handed over.
+        wal_end: Lsn,
+        /// The server wants feedback now; on a shutdown it waits for `wal_end` to be acknowledged.
+        reply: bool,
+    },
+}
+
+impl Chunk {
+    /// Its frames in order. The reader has checked their lengths.
+    pub fn frames(&self) -> impl Iterator<Item = Frame<'_>> {
+        let mut rest = &self.bytes[..];
+        std::iter::from_fn(move || {
+            let (payload, after) = split_message(rest)?;
+            rest = after;
+            frame(payload)
+        })
+    }
+}
+
+/// Payload of the first message and what follows it; the tag has been checked to be `d`.
+fn split_message(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let length = u32::from_be_bytes(*bytes.get(1..)?.first_chunk()?) as usize;
+    Some((bytes.get(5..=length)?, bytes.get(length + 1..)?))
+}
+
+fn frame(payload: &[u8]) -> Option<Frame<'_>> {
+    match payload {
+        [b'w', rest @ ..] => Some(Frame::Data(rest.get(24..)?)),
+        [b'k', rest @ ..] => Some(Frame::Keepalive {
+            wal_end: Lsn(u64::from_be_bytes(*rest.first_chunk()?)),
+            reply: *rest.get(16)? == 1,
+        }),
+        _ => None,
+    }
+}
+
+impl Stream {
+    /// Starts the reading thread on a connection that has just answered CopyBothResponse.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] when the thread cannot be started.
+    pub fn start<S>(connection: S, queue_bytes: usize) -> Result<Self>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (sender, chunks) = mpsc::unbounded_channel();
+        let (flush, acknowledged) = watch::channel(Lsn(0));
+        let finish = CancellationToken::new();
+        let reader = Reader {
+            connection,
+            buffer: BytesMut::with_capacity(GULP),
+            scanned: 0,
+            received: Lsn(0),
+            acknowledged,
+            reported: (Lsn(0), Instant::now()),
+            pace: Pace::default(),
+            queue: Arc::new(Semaphore::new(queue_bytes)),
+            limit: queue_bytes,
+            chunks: sender,
+            finish: finish.clone(),
+        };
+        // tokio's connection is bound to the runtime that made it; the thread only drives it.
+        let runtime = tokio::runtime::Handle::current();
+        std::thread::Builder::new()
+            .name("reader".into())
+            .spawn(move || runtime.block_on(reader.run()))
+            .map_err(|e| Error::fatal("starting the reading thread", e))?;
+        Ok(Self { chunks, flush, finish })
+    }
+
+    /// The next chunk.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] when the connection has ended; [`Error::Refused`] when the server says why and means it.
+    pub async fn next(&mut self) -> Result<Chunk> {
+        match self.chunks.recv().await {
+            Some(chunk) => chunk,
+            None => Err(broken("the reading thread has ended")),
+        }
+    }
+
+    /// Acknowledges; never moves backwards.
+    pub fn acknowledge(&self, durable: Durable) {
+        self.flush.send_if_modified(|at| {
+            let moved = durable.lsn() > *at;
+            *at = (*at).max(durable.lsn());
+            moved
+        });
+    }
+
+    /// What has been acknowledged last.
+    pub fn acknowledged(&self) -> Lsn {
+        *self.flush.borrow()
+    }
+
+    /// Sends the last acknowledgement, ends the stream, and waits until the server has confirmed that.
+    pub async fn finish(mut self) {
+        self.finish.cancel();
+        while let Some(chunk) = self.chunks.recv().await {
+            drop(chunk);
+        }
+    }
+}
+
+/// A dropped stream lets its thread end.
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.finish.cancel();
+    }
+}
+
+struct Reader<S> {
+    connection: S,
+    buffer: BytesMut,
+    /// Bytes at the buffer's start that are whole messages.
+    scanned: usize,
+    received: Lsn,
+    acknowledged: watch::Receiver<Lsn>,
+    /// What was last reported as flushed, and when.
+    reported: (Lsn, Instant),
+    pace: Pace,
+    queue: Arc<Semaphore>,
+    limit: usize,
+    chunks: mpsc::UnboundedSender<Result<Chunk>>,
+    finish: CancellationToken,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Reader<S> {
+    async fn run(mut self) {
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let finish = self.finish.clone();
+        let outcome = tokio::select! {
+            biased;
+            () = finish.cancelled() => Ok(()),
+            Err(error) = self.read(&mut tick) => Err(error),
+        };
+        match outcome {
+            Ok(()) => drop(tokio::time::timeout(FAREWELL, self.farewell()).await),
+            Err(error) => drop(self.chunks.send(Err(error))),
+        }
+    }
+
+    /// Never returns `Ok`: the stream has no end of its own.
+    async fn read(&mut self, tick: &mut Interval) -> Result<()> {
+        loop {
+            self.buffer.reserve(GULP);
+            tokio::select! {
+                biased;
+                _ = tick.tick() => self.report(false).await?,
+                read = self.connection.read_buf(&mut self.buffer) => {
+                    let n = read.map_err(broken)?;
+                    if n == 0 {
+                        return Err(broken("the server has closed the connection"));
+                    }
+                    if self.scan()? {
+                        self.report(true).await?;
+                    }
+                    self.hand_over(tick).await?;
+                    self.pace.after(n);
+                }
+            }
+        }
+    }
+
+    /// Looks through the messages that have become whole; says whether the server wants feedback now.
+    fn scan(&mut self) -> Result<bool> {
+        let mut wanted = false;
+        while let Some(header) = self.buffer.get(self.scanned..self.scanned + 5) {
+            let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
+            if !(4..=LARGEST).contains(&length) {
+                return Err(Error::Fatal(format!("a replication message of {length} bytes; the limit is {LARGEST}")));
+            }
+            let (tag, end) = (header[0], self.scanned + 1 + length);
+            let Some(payload) = self.buffer.get(self.scanned + 5..end) else {
+                self.buffer.reserve(end - self.buffer.len());
+                break;
+            };
+            match tag {
+                b'd' => wanted |= self.note(end - length + 4)?,
+                b'E' => return Err(server_error(payload)),
+                b'c' => return Err(broken("the server has ended the stream")),
+                // Notices and parameter changes stand between data messages and say nothing about them.
+                _ => {
+                    let mut tail = self.buffer.split_off(self.scanned);
+                    tail.advance(end - self.scanned);
+                    self.buffer.unsplit(tail);
+                    continue;
+                }
+            }
+            self.scanned = end;
+        }
+        Ok(wanted)
+    }
+
+    /// Remembers how far the server has sent. `at` is the payload's start in the buffer.
+    fn note(&mut self, at: usize) -> Result<bool> {
+        let payload = &self.buffer[at..];
+        let long_enough = match payload.first() {
+            Some(b'w') => payload.len() >= 25,
+            Some(b'k') => payload.len() >= 18,
+            _ => false,
+        };
+        if !long_enough {
+            let shown = payload.first().copied().unwrap_or_default();
+            return Err(Error::Fatal(format!(
+                "a replication message that is neither data nor keepalive (0x{shown:02x})"
+            )));
+        }
+        let mut fields = &payload[1..];
+        self.received = self.received.max(Lsn(fields.get_u64()));
+        Ok(payload[0] == b'k' && payload[17] == 1)
+    }
+
+    /// Gives whole messages to the loop. While its queue is full only the socket waits; feedback goes on.
+    async fn hand_over(&mut self, tick: &mut Interval) -> Result<()> {
+        if self.scanned == 0 {
+            return Ok(());
+        }
+        let share = self.scanned.min(self.limit) as u32;
+        let permit = Arc::clone(&self.queue).acquire_many_owned(share);
+        tokio::pin!(permit);
+        let share = loop {
+            tokio::select! {
+                permit = &mut permit => break permit.map_err(broken)?,
+                _ = tick.tick() => self.report(false).await?,
+            }
+        };
+        let bytes = self.buffer.split_to(std::mem::take(&mut self.scanned)).freeze();
+        self.chunks.send(Ok(Chunk { bytes, _share: share })).map_err(broken)
+    }
+
+    /// Standby status update: received as written, durable as flushed and applied.
+    async fn report(&mut self, now: bool) -> Result<()> {
+        let flush = *self.acknowledged.borrow_and_update();
+        let (last, when) = self.reported;
+        if !now && flush == last && when.elapsed() < HEARTBEAT {
+            return Ok(());
+        }
+        self.reported = (flush, Instant::now());
+        let status = self.status(flush);
+        self.send(&status).await
+    }
+
+    /// Standby status update ("Streaming Replication Protocol"): written, flushed, applied, clock, no reply wanted.
+    fn status(&self, flush: Lsn) -> [u8; 34] {
+        let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_micros() as i64);
+        let mut status = [0; 34];
+        status[0] = b'r';
+        for (at, lsn) in [(1, self.received.max(flush)), (9, flush), (17, flush)] {
+            status[at..at + 8].copy_from_slice(&lsn.0.to_be_bytes());
+        }
+        status[25..33].copy_from_slice(&(unix - EPOCH_MICROS).to_be_bytes());
+        status
+    }
+
+    async fn send(&mut self, status: &[u8]) -> Result<()> {
+        let mut message = BytesMut::with_capacity(status.len() + 5);
+        message.put_u8(b'd');
+        message.put_u32(status.len() as u32 + 4);
+        message.extend_from_slice(status);
+        self.connection.write_all(&message).await.map_err(broken)?;
+        self.connection.flush().await.map_err(broken)
+    }
+
+    /// The server handles messages in order: once it has confirmed CopyDone, it has the last acknowledgement.
+    async fn farewell(&mut self) -> Result<()> {
+        let status = self.status(*self.acknowledged.borrow());
+        self.send(&status).await?;
+        self.connection.write_all(b"c\0\0\0\x04").await.map_err(broken)?;
+        self.connection.flush().await.map_err(broken)?;
+        loop {
+            // What had not been read yet is of no use any more, but it stands before the server's answer.
+            while let Some(header) = self.buffer.first_chunk::<5>() {
+                let (tag, length) =
+                    (header[0], u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize);
+                if self.buffer.len() <= length {
+                    break;
+                }
+                if matches!(tag, b'C' | b'Z' | b'E') {
+                    return Ok(());
+                }
+                self.buffer.advance(length + 1);
+            }
+            self.buffer.reserve(GULP);
+            if self.connection.read_buf(&mut self.buffer).await.map_err(broken)? == 0 {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Lets the socket fill while much is coming, and reads at once while little is.
+#[derive(Default)]
+struct Pace {
+    window: Option<Instant>,
+    bytes: usize,
+    busy: bool,
+}
+
+impl Pace {
+    /// Length of the window in which the rate is taken.
+    const WINDOW: Duration = Duration::from_millis(5);
+    /// A backlog comes faster than this many bytes a window (8 MB/s); live traffic hardly ever does.
+    const BUSY: usize = 40_000;
+    const PAUSE: Duration = Duration::from_micros(500);
+
+    fn after(&mut self, read: usize) {
+        self.bytes += read;
+        let since = *self.window.get_or_insert_with(Instant::now);
+        if since.elapsed() >= Self::WINDOW {
+            let share = since.elapsed().as_micros() / Self::WINDOW.as_micros();
+            self.busy = self.bytes as u128 >= Self::BUSY as u128 * share.max(1);
+            (self.window, self.bytes) = (None, 0);
+        }
+        if self.busy && read < GULP / 2 {
+            // The thread is the reader's own. tokio's timer has a grain of a millisecond, which is too coarse here.
+            std::thread::sleep(Self::PAUSE);
+        }
+    }
+}
+
+fn broken(why: impl ToString) -> Error {
+    Error::unreachable("the replication stream", why.to_string())
+}
+
+/// 42704: the publication has gone; 42501: a right was taken away; 0A000: the server cannot do what was asked.
+fn server_error(payload: &[u8]) -> Error {
+    let fields = ErrorFields::parse(payload);
+    let (code, text) = (fields.code.clone().unwrap_or_default(), fields.to_error_string());
+    if matches!(code.as_str(), "42704" | "42501" | "0A000") {
+        return Error::refused(
+            "replication",
+            text,
+            "the publication and the rights that the stream started with",
+            "falaj check",
+        );
+    }
+    broken(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::duplex;
+
+    use super::*;
+    use crate::sink::Stored;
+
+    fn message(tag: u8, payload: &[u8]) -> Vec<u8> {
+        let mut out = vec![tag];
+        out.extend((payload.len() as u32 + 4).to_be_bytes());
+        out.extend(payload);
+        out
+    }
+
+    fn data(lsn: u64, body: &[u8]) -> Vec<u8> {
+        let mut payload = vec![b'w'];
+        payload.extend(lsn.to_be_bytes());
+        payload.extend([0; 16]);
+        payload.extend(body);
+        message(b'd', &payload)
+    }
+
+    fn keepalive(lsn: u64, reply: u8) -> Vec<u8> {
+        let mut payload = vec![b'k'];
+        payload.extend(lsn.to_be_bytes());
+        payload.extend([0; 8]);
+        payload.push(reply);
+        message(b'd', &payload)
+    }
+
+    fn owned(chunk: &Chunk) -> Vec<String> {
+        chunk.frames().map(|f| format!("{f:?}")).collect()
+    }
+
+    #[tokio::test]
+    async fn whole_messages_come_out_however_they_are_cut() {
+        let wire = [data(1, b"one"), message(b'N', b"notice\0"), data(2, b"two"), keepalive(9, 0)].concat();
+        for cut in 1..wire.len() {
+            let (mut server, client) = duplex(1 << 16);
+            let mut stream = Stream::start(client, 1 << 20).unwrap();
+            server.write_all(&wire[..cut]).await.unwrap();
+            tokio::task::yield_now().await;
+            server.write_all(&wire[cut..]).await.unwrap();
+            let mut seen = Vec::new();
+            while seen.len() < 3 {
+                seen.extend(owned(&stream.next().await.unwrap()));
+            }
+            assert_eq!(
+                seen,
+                ["Data([111, 110, 101])", "Data([116, 119, 111])", "Keepalive { wal_end: 0/9, reply: false }"]
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_wanted_reply_comes_at_once_and_a_full_queue_does_not_stop_feedback() {
+        let (mut server, client) = duplex(1 << 16);
+        let mut stream = Stream::start(client, 8).unwrap();
+        let status = async |server: &mut tokio::io::DuplexStream| {
+            let mut update = [0; 39];
+            server.read_exact(&mut update).await.unwrap();
+            assert_eq!((update[0], update[5]), (b'd', b'r'));
+            u64::from_be_bytes(update[14..22].try_into().unwrap())
+        };
+        server.write_all(&[data(1, b"fills the queue"), keepalive(9, 1)].concat()).await.unwrap();
+        assert_eq!(status(&mut server).await, 0);
+        let held = stream.next().await.unwrap();
+        server.write_all(&data(2, b"waits")).await.unwrap();
+        for lsn in [9, 3] {
+            stream.acknowledge(Durable::lowest([Stored::for_test(lsn)]).unwrap());
+        }
+        while status(&mut server).await != 9 {}
+        drop(held);
+        assert_eq!(owned(&stream.next().await.unwrap()), ["Data([119, 97, 105, 116, 115])"]);
+    }
+
+    #[tokio::test]
+    async fn the_servers_reason_reaches_the_caller() {
+        let (mut server, client) = duplex(1 << 16);
+        let mut stream = Stream::start(client, 1 << 20).unwrap();
+        server.write_all(&message(b'E', b"SERROR\0C57P01\0Mterminating connection\0\0")).await.unwrap();
+        let error = stream.next().await.err().unwrap();
+        assert!(error.is_transient() && error.to_string().contains("terminating connection"), "{error}");
+
+        let (mut server, client) = duplex(1 << 16);
+        let mut stream = Stream::start(client, 1 << 20).unwrap();
+        server.write_all(&message(b'd', b"?")).await.unwrap();
+        assert_eq!(stream.next().await.err().unwrap().exit_code(), 1);
+    }
+}
