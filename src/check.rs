@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::config::SinkName;
 use crate::error::{Error, Refusal, Result};
-use crate::world::World;
+use crate::world::{World, print};
 
 /// How long one server may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -86,11 +86,19 @@ pub async fn run(world: &World, json: bool) -> Result<()> {
     let findings = findings(world).await;
     if json {
         let text = serde_json::to_string_pretty(&findings).map_err(|e| Error::fatal("writing JSON", e))?;
-        println!("{text}");
+        print(&(text + "\n"))?;
     } else {
-        print!("{}", render(&findings));
+        print(&render(&findings))?;
     }
     verdict(&findings)
+}
+
+/// One attempt, a few seconds at most.
+async fn within<T>(what: &str, attempt: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(PATIENCE, attempt).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(Error::unreachable(what, format!("no answer within {PATIENCE:?}"))),
+    }
 }
 
 /// Tries everything that the configured roles need.

@@ -5,11 +5,11 @@
 pub mod base;
 mod plan;
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 
 use crate::cli;
 use crate::error::{Error, Result};
-use crate::world::World;
+use crate::world::{World, print};
 use plan::Plan;
 
 /// Runs the verb.
@@ -19,32 +19,31 @@ use plan::Plan;
 /// with nothing changed when that shows while planning.
 pub async fn run(world: &World, args: &cli::Init) -> Result<()> {
     let plan = Plan::make(world, args).await?;
-    print!("{plan}");
+    print(&plan.to_string())?;
     if plan.is_empty() {
-        println!("everything is there: nothing to do");
-        return Ok(());
+        return print("everything is there: nothing to do\n");
     }
-    if !args.yes && !confirmed().await? {
-        println!("nothing was changed; falaj init --yes carries it out");
-        return Ok(());
+    if !args.yes && !confirmed(world).await? {
+        return print("nothing was changed; falaj init --yes carries it out\n");
     }
     plan.carry_out(world).await?;
-    println!("done");
-    Ok(())
+    print("done\n")
 }
 
-/// Asks on a terminal; without one the answer is no.
-async fn confirmed() -> Result<bool> {
+/// Asks on a terminal; without one, or when a signal comes instead of an answer, it is no.
+async fn confirmed(world: &World) -> Result<bool> {
     if !std::io::stdin().is_terminal() || !std::io::stdout().is_terminal() {
         return Ok(false);
     }
+    print("carry it out? [y/N] ")?;
     let ask = || {
-        print!("carry it out? [y/N] ");
-        std::io::stdout().flush()?;
         let mut answer = String::new();
-        std::io::stdin().read_line(&mut answer)?;
-        Ok::<_, std::io::Error>(matches!(answer.trim(), "y" | "Y" | "yes"))
+        std::io::stdin().read_line(&mut answer).map(|_| matches!(answer.trim(), "y" | "Y" | "yes"))
     };
-    let answer = tokio::task::spawn_blocking(ask).await.map_err(|e| Error::fatal("asking", e))?;
-    answer.map_err(|e| Error::fatal("asking", e))
+    tokio::select! {
+        asked = tokio::task::spawn_blocking(ask) => {
+            asked.map_err(|e| Error::fatal("asking", e))?.map_err(|e| Error::fatal("asking", e))
+        }
+        () = world.stop.cancelled() => Ok(false),
+    }
 }

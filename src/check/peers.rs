@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use reqwest::Url;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
 
-use super::{Finding, PATIENCE};
-use crate::config::{Config, SinkName};
+use super::{Finding, Found, within};
+use crate::config::{self, Config, SinkName};
 use crate::error::{Error, Result};
+use crate::upload::bigquery::BigQuery;
 
 /// Tries everything at the same time.
 pub(super) async fn findings(config: &Arc<Config>) -> Vec<Finding> {
@@ -28,19 +28,17 @@ pub(super) async fn findings(config: &Arc<Config>) -> Vec<Finding> {
         }
         Some(Finding::of("external", "an HTTP server that answers", external(&config.external.url).await))
     };
-    let (redis, external) = tokio::join!(redis, external);
+    let bigquery = async {
+        let project = config.bigquery.project.as_deref().filter(|p| archive && !p.is_empty())?;
+        let outcome = within("BigQuery", bigquery(&config.bigquery, project)).await;
+        Some(Finding::of("bigquery", "a project and the right to load into it", outcome))
+    };
+    let (redis, external, bigquery) = tokio::join!(redis, external, bigquery);
     let directory =
         |check, key: &str, dir: &Path| Finding::of(check, "a directory to write to", writable(check, key, dir));
     let state = Some(directory("state_dir", "state.dir", &config.state.dir));
     let archive = archive.then(|| directory("archive_dir", "archive.dir", &config.archive.dir));
-    [state, archive, redis, external].into_iter().flatten().collect()
-}
-
-async fn within<T>(what: &str, attempt: impl Future<Output = Result<T>>) -> Result<T> {
-    match timeout(PATIENCE, attempt).await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(Error::unreachable(what, format!("no answer within {PATIENCE:?}"))),
-    }
+    [state, archive, redis, external, bigquery].into_iter().flatten().collect()
 }
 
 /// Writes and removes a file in the directory, or in the nearest one above it that exists.
@@ -72,9 +70,16 @@ async fn external(url: &str) -> Result<String> {
     };
     let what = format!("the outside system at {host}:{port}");
     let address = (host.trim_matches(['[', ']']), port);
-    match timeout(PATIENCE, TcpStream::connect(address)).await {
-        Ok(Ok(_)) => Ok(format!("{host}:{port} accepts connections")),
-        Ok(Err(e)) => Err(Error::unreachable(what, e)),
-        Err(_) => Err(Error::unreachable(what, format!("no answer within {PATIENCE:?}"))),
+    let connect = async { TcpStream::connect(address).await.map_err(|e| Error::unreachable(&what, e)) };
+    within(&what, connect).await?;
+    Ok(format!("{host}:{port} accepts connections"))
+}
+
+/// Looks at the data set and makes nothing.
+async fn bigquery(config: &config::BigQuery, project: &str) -> Result<Found> {
+    let service = BigQuery::new(config, project).await?;
+    if service.has_dataset().await? {
+        return Ok(service.target().into());
     }
+    Ok(Found::with_advice(format!("{} is not there yet", service.target()), "upload makes it"))
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio_postgres::Client;
 
-use super::{Finding, Found, PATIENCE};
+use super::{Finding, Found, within};
 use crate::config::{self, Config};
 use crate::enrich;
 use crate::enrich::state::{self, BaseHeader, LookupTable};
@@ -32,7 +32,7 @@ pub(super) async fn findings(config: &Arc<Config>) -> Postgres {
     let mut found = Postgres { findings: Vec::new(), tables: Vec::new() };
     let session = async {
         let conninfo = Conninfo::parse(&config.postgres.url)?;
-        let client = within(conninfo.sql(APPLICATION)).await?;
+        let client = within("Postgres", conninfo.sql(APPLICATION)).await?;
         Ok((conninfo, client))
     };
     match session.await {
@@ -63,7 +63,7 @@ impl Postgres {
     }
 
     async fn replication(&mut self, config: &Config, conninfo: &Conninfo) -> Option<SlotIdentity> {
-        let outcome = within(identity(conninfo, &config.postgres.slot)).await;
+        let outcome = within("Postgres", identity(conninfo, &config.postgres.slot)).await;
         let identity = outcome.as_ref().ok().cloned();
         let told = outcome.map(|i| format!("role \"{}\" may stream; {i}", conninfo.user()));
         self.push("role_replication", "LOGIN, REPLICATION, and a line of pg_hba.conf", told);
@@ -114,8 +114,9 @@ impl Postgres {
         base: &BaseHeader,
     ) {
         let needed = "at or above confirmed_flush_lsn, at or below the end of the WAL";
-        let read =
-            async { Ok((slot::server_lsn(client).await?, within(crate::produce::positions(config, identity)).await?)) };
+        let read = async {
+            Ok((slot::server_lsn(client).await?, within("a sink", crate::produce::positions(config, identity)).await?))
+        };
         let (server, positions) = match read.await {
             Ok(read) => read,
             Err(error) => return self.push::<&str>("sink_position", needed, Err(error)),
@@ -305,7 +306,7 @@ fn columns(config: &Config, tables: &[Table]) -> Result<String> {
         let settings = config.table(&relation.table());
         count += enrich::layout(&lookups, 0, relation, Vec::new(), settings)?.columns.len();
     }
-    Ok(format!("{count} columns in {} tables, {} lookup tables", tables.len(), lookups.len()))
+    Ok(format!("{count} columns in {} tables, {} of them looked up", tables.len(), lookups.len()))
 }
 
 fn identities(tables: &[Table]) -> Result<Found> {
@@ -392,13 +393,6 @@ pub async fn identity(conninfo: &Conninfo, slot: &str) -> Result<SlotIdentity> {
 async fn setting(client: &Client, name: &str) -> Result<String> {
     let row = client.query_one("SELECT pg_catalog.current_setting($1)", &[&name]).await;
     Ok(row.map_err(|e| sql_error(name, &e))?.get(0))
-}
-
-async fn within<T>(attempt: impl Future<Output = Result<T>>) -> Result<T> {
-    match tokio::time::timeout(PATIENCE, attempt).await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(Error::unreachable("Postgres", format!("no answer within {PATIENCE:?}"))),
-    }
 }
 
 /// Errors are not `Clone`; a refusal and an outage are all that is told twice.

@@ -20,7 +20,7 @@ use crate::source::catalog::{self, Table};
 use crate::source::conn::{Conninfo, sql_error};
 use crate::source::slot;
 use crate::source::wire::{Wire, WireError, ident};
-use crate::world::World;
+use crate::world::{World, print};
 
 /// The tables of the engagement schema.
 const TABLES: &str = include_str!("../../sql/01_tables.sql");
@@ -79,7 +79,7 @@ impl Plan {
     pub(super) async fn carry_out(&self, world: &World) -> Result<()> {
         for step in &self.steps {
             self.carry_out_step(world, step).await?;
-            println!("  made {}", step.noun());
+            print(&format!("  made {}\n", step.noun()))?;
         }
         Ok(())
     }
@@ -129,7 +129,7 @@ impl Plan {
             ));
         }
         let (names, quoted): (Vec<_>, Vec<_>) = tables.into_iter().unzip();
-        // As in sql/: what comes from a partition is the partitioned table's.
+        // What comes from a partition is the partitioned table's.
         let sql = format!(
             "CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true)",
             ident(name),

@@ -19,7 +19,11 @@ impl Login<'_> {
     /// The error for a session that tokio-postgres could not start.
     pub(super) fn start_error(&self, e: &tokio_postgres::Error) -> Error {
         if let Some(db) = e.as_db_error() {
-            return self.refusal(db.code().code(), db.message());
+            return match db.code().code() {
+                // Replication is not asked for here: this is about CONNECT.
+                "42501" => self.no_connect(db.message()),
+                code => self.refusal(code, db.message()),
+            };
         }
         match std::error::Error::source(e).and_then(|s| s.downcast_ref::<std::io::Error>()) {
             Some(io) if io.kind() != std::io::ErrorKind::InvalidInput => Error::unreachable(&self.what, io),
@@ -67,6 +71,16 @@ impl Login<'_> {
             ),
         };
         Error::refused(check, format!("{what}: {message} (SQLSTATE {sqlstate})"), needed, fix)
+    }
+
+    fn no_connect(&self, message: &str) -> Error {
+        let Self { user, dbname, what, .. } = self;
+        Error::refused(
+            "postgres_login",
+            format!("{what}: {message} (SQLSTATE 42501)"),
+            format!("role \"{user}\" may connect to database \"{dbname}\""),
+            format!("GRANT CONNECT ON DATABASE {} TO {};", ident(dbname), ident(user)),
+        )
     }
 
     /// The refusal when the server asks for a password and there is none, or the exchange fails.
