@@ -12,7 +12,7 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 
 use super::{Finding, Found, PATIENCE};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Refusal, Result};
 use crate::kafka;
 
 /// What one look at Kafka gave.
@@ -81,18 +81,21 @@ fn ask(config: &Config) -> (Result<BTreeMap<String, usize>>, Result<String>) {
 fn reason(config: &Config, producer: &BaseProducer<Listener>, e: &KafkaError) -> Error {
     producer.poll(Duration::from_millis(100));
     let heard = producer.context().0.lock().unwrap_or_else(PoisonError::into_inner).take();
-    match heard {
-        Some((error, why)) if error.rdkafka_error_code() == Some(Code::SSL) => Error::refused(
+    let Some((error, why)) = heard else { return kafka::error(&config.kafka, e) };
+    let servers = config.kafka.servers();
+    match error.rdkafka_error_code() {
+        Some(Code::Authentication) => match kafka::error(&config.kafka, &error) {
+            Error::Refused(refusal) => Error::Refused(Refusal { found: format!("{servers}: {why}"), ..refusal }),
+            other => other,
+        },
+        // A listener that speaks no TLS just hangs up, which librdkafka counts as an outage; the text tells.
+        code if code == Some(Code::SSL) || why.contains("SSL handshake failed") => Error::refused(
             "kafka_tls",
-            format!("{}: {why}", config.kafka.servers()),
-            "a broker that speaks TLS, with a certificate that ssl.ca.location has signed",
-            "mend security.protocol and ssl.* under [kafka]",
+            format!("{servers}: {why}"),
+            "a listener that speaks TLS, with a certificate that ssl.ca.location has signed",
+            "mend bootstrap.servers, security.protocol and ssl.* under [kafka]",
         ),
-        Some((error, _)) if error.rdkafka_error_code() == Some(Code::Authentication) => {
-            kafka::error(&config.kafka, &error)
-        }
-        Some((_, why)) => Error::unreachable(format!("Kafka at {}", config.kafka.servers()), why),
-        None => kafka::error(&config.kafka, e),
+        _ => Error::unreachable(format!("Kafka at {servers}"), why),
     }
 }
 
