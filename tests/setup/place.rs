@@ -44,6 +44,10 @@ impl Place {
 
     /// Runs falaj in this place, with nothing else in its environment.
     pub fn falaj(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let dir = |name: &str| self.dir.path().join(name).display().to_string();
         let own = [
             ("FALAJ_PIPELINE", self.name.clone()),
@@ -58,7 +62,7 @@ impl Place {
         ];
         let mut command = Command::new(env!("CARGO_BIN_EXE_falaj"));
         command.args(arguments).env_clear().envs(own).envs(self.env.iter().cloned()).current_dir(self.dir.path());
-        command.output().unwrap()
+        command
     }
 
     /// The findings of `check --json`, and its exit code.

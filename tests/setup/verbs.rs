@@ -1,6 +1,8 @@
 //! `init` and `check` as they are run.
 
 use std::fs;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use falaj::enrich::state;
 use falaj::source::conn::Conninfo;
@@ -61,6 +63,33 @@ async fn init_plans_then_creates_then_finds_nothing_to_do() {
     let failed: Vec<_> = findings.iter().filter(|f| f["ok"] != true).collect();
     assert_eq!((failed, code), (vec![], 0));
     place.leave().await;
+}
+
+/// A slot begins between transactions: what was running when it was asked for is in the first lookup rows.
+#[tokio::test]
+async fn init_waits_for_running_transactions_and_their_rows_are_in_the_base() {
+    let place = Place::new("running").await;
+    place.sql().await.batch_execute(include_str!("../../sql/01_tables.sql")).await.unwrap();
+    let writer = place.sql().await;
+    let insert = "BEGIN; INSERT INTO public.content VALUES (gen_random_uuid(), 'a', 'open', NULL, NULL, now())";
+    for end in ["COMMIT", "ROLLBACK"] {
+        writer.batch_execute(insert).await.unwrap();
+        let init = place.command(&["init", "--yes"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while slots(&place).await == 0 {
+            assert!(Instant::now() < deadline, "no slot is being made");
+        }
+        assert!(!place.state().exists());
+        writer.batch_execute(end).await.unwrap();
+        let out = init.wait_with_output().unwrap();
+        assert_eq!(out.status.code(), Some(0), "{}", stderr(&out));
+        let titles: Vec<_> = base_rows(&place).into_iter().map(|row| row[1].clone().unwrap()).collect();
+        assert_eq!(titles, ["open"], "the second transaction leaves no row");
+        let sql = "SELECT pg_drop_replication_slot($1)";
+        place.sql().await.execute(sql, &[&place.name]).await.unwrap();
+        fs::remove_dir_all(place.state()).unwrap();
+        place.sql().await.batch_execute("UPDATE public.content SET slug = 'b'").await.unwrap();
+    }
 }
 
 /// Key and values of every row in the base, sorted.
