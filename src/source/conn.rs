@@ -81,6 +81,20 @@ pub(super) trait Session: Sized + Send {
     fn start(stream: Stream, login: &Login<'_>) -> impl Future<Output = Result<Self>> + Send;
 }
 
+/// The default of `[postgres].url`.
+const BUILT_IN: &str = "postgres://postgres@127.0.0.1:5432/postgres";
+
+/// Its parts, as PG* variables.
+fn built_in(name: &str) -> Option<String> {
+    let value = match name {
+        "PGHOST" => "127.0.0.1",
+        "PGPORT" => "5432",
+        "PGUSER" | "PGDATABASE" => "postgres",
+        _ => return None,
+    };
+    Some(value.to_owned())
+}
+
 impl Conninfo {
     /// Gathers `[postgres].url`, the service file, PG* variables and password files.
     ///
@@ -95,6 +109,10 @@ impl Conninfo {
     /// # Errors
     /// As [`Conninfo::parse`].
     pub fn gather(url: &str, env: Env<'_>) -> Result<Self> {
+        if url == BUILT_IN {
+            // Nobody chose this url: the environment's PG* variables come before each part of it.
+            return Self::gather("", &|name| env(name).or_else(|| built_in(name)));
+        }
         let settings = Settings::gather(url, env)?;
         let user = match settings.get("user") {
             Some(user) => user.to_owned(),

@@ -26,6 +26,14 @@ fn told(url: &str, env: &[(&str, &str)]) -> String {
 }
 
 #[test]
+fn pg_variables_come_before_the_built_in_url_and_after_a_chosen_one() {
+    assert_eq!(crate::config::Config::defaults().unwrap().postgres.url, BUILT_IN);
+    let env = [("PGHOST", "db.example"), ("PGUSER", "app")];
+    assert_eq!(told(BUILT_IN, &env), "app - @ db.example:5432 / postgres");
+    assert_eq!(told("postgres://me@127.0.0.1:5432/postgres", &env), "me - @ 127.0.0.1:5432 / postgres");
+}
+
+#[test]
 fn connection_strings_read_as_libpq_reads_them() {
     let cases = [
         ("postgres://postgres@127.0.0.1:5432/postgres", "postgres - @ 127.0.0.1:5432 / postgres"),
