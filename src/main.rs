@@ -56,6 +56,7 @@ async fn dispatch(world: &World, verb: Verb) -> Result<()> {
         Verb::Produce(args) => falaj::produce::run(world, &args).await,
         Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
         Verb::Generate(args) => falaj::generate::run(world, &args).await,
+        Verb::Upload(args) => falaj::upload::run(world, &args).await,
         other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }
