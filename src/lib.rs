@@ -22,6 +22,11 @@ pub mod mock_external; // the simulated outside system
 pub mod produce; //     slot → sinks: the one loop
 pub mod upload; //      archive → BigQuery
 
+pub mod http; //        livez, readyz, metrics, status and board over HTTP
+pub mod metrics; //     the figures of this process
+pub mod run; //         produce, consume and upload in one process
+pub mod status; //      where everything stands
+
 pub mod cli; //         the command line
 pub mod config; //      defaults < file < environment < flags
 pub mod init; //        publication, topics, slot, first lookup state

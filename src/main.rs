@@ -57,6 +57,9 @@ async fn dispatch(world: &World, verb: Verb) -> Result<()> {
         Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
         Verb::Generate(args) => falaj::generate::run(world, &args).await,
         Verb::Upload(args) => falaj::upload::run(world, &args).await,
+        Verb::Run => falaj::run::run(world).await,
+        Verb::Status(args) => falaj::status::run(world, &args).await,
+        Verb::Healthcheck => falaj::http::healthcheck(&world.config).await,
         other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::until::{Reached, Until};
 use super::walk::Walk;
-use crate::config::{Config, SinkName};
+use crate::config::SinkName;
 use crate::enrich::Enricher;
 use crate::error::{Error, Result};
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
@@ -222,22 +222,4 @@ async fn peek(name: SinkName, world: &World, identity: &SlotIdentity) -> Result<
         SinkName::Kafka => ("kafka", sink::kafka::peek(world.config.clone(), identity).await?),
         SinkName::Archive => ("archive", sink::parquet::peek(&world.config, identity)?),
     })
-}
-
-/// Positions of the configured sinks, for `status`.
-///
-/// # Errors
-/// As the sinks' own.
-pub async fn positions(
-    config: &std::sync::Arc<Config>,
-    identity: &SlotIdentity,
-) -> Result<Vec<(&'static str, Option<Stored>)>> {
-    let mut found = Vec::new();
-    for name in &config.produce.sinks {
-        found.push(match name {
-            SinkName::Kafka => ("kafka", sink::kafka::peek(config.clone(), identity).await?),
-            SinkName::Archive => ("archive", sink::parquet::peek(config, identity)?),
-        });
-    }
-    Ok(found)
 }
