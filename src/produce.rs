@@ -8,15 +8,17 @@ mod session;
 mod until;
 mod walk;
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::time::{Duration, MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use crate::cli;
-use crate::config::SinkName;
+use crate::config::{Config, SinkName};
 use crate::error::{Error, Result};
-use crate::lsn::Lsn;
+use crate::lsn::{Lsn, SlotIdentity};
+use crate::sink::Stored;
 use crate::world::{START_PATIENCE, World, backoff};
 use session::Session;
 use until::Until;
@@ -81,6 +83,38 @@ fn choose(configured: &[SinkName], flag: Option<&[SinkName]>) -> Result<Vec<Sink
     }
 }
 
+/// Positions of the configured sinks, read without taking them over.
+///
+/// # Errors
+/// As the sinks' own: unreachable, or the position of another stream.
+pub async fn positions(config: &Arc<Config>, identity: &SlotIdentity) -> Result<Vec<(&'static str, Option<Stored>)>> {
+    let mut found = Vec::new();
+    for name in &config.produce.sinks {
+        found.push(session::peek(*name, config, identity).await?);
+    }
+    Ok(found)
+}
+
+/// Decodes, enriches and encodes everything up to `lsn`, keeps nothing and acknowledges nothing. For measurements.
+/// Prints rows and seconds as one line of JSON.
+///
+/// # Errors
+/// As [`run`].
+pub async fn measure(world: &World, lsn: Lsn) -> Result<()> {
+    let Some(mut session) = Session::discarding(world).await? else { return Ok(()) };
+    let (mut until, started) = (Until::new(lsn), Instant::now());
+    loop {
+        let chunk = session.stream.next().await?;
+        if session.walk(&chunk, Some(&mut until)).await?.is_some() {
+            break;
+        }
+    }
+    let (rows, seconds) = (session.walk.events(), started.elapsed().as_secs_f64());
+    println!("{}", serde_json::json!({ "rows": rows, "seconds": seconds, "rows_per_second": rows as f64 / seconds }));
+    session.close().await;
+    Ok(())
+}
+
 async fn run_session(world: &World, mut session: Session, mut until: Option<&mut Until>) -> Result<End> {
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -132,6 +166,6 @@ async fn drain(session: &mut Session) -> Result<()> {
 async fn finish(session: &mut Session, at: Lsn) -> Result<End> {
     session.walk.reach(at);
     drain(session).await?;
-    info!(lsn = %at, "reached");
+    info!(lsn = %at, rows = session.walk.events(), seconds = session.walk.seconds(), "reached");
     Ok(End::Done)
 }

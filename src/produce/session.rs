@@ -3,6 +3,7 @@
 //! Order of the start: connect → take the slot → fence every sink and read its position → refuse what does not fit →
 //! build the lookup rows as of the lowest position → walk. Nothing is written before all of it has held.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::select_all;
@@ -11,10 +12,12 @@ use tracing::{info, warn};
 
 use super::until::{Reached, Until};
 use super::walk::Walk;
-use crate::config::SinkName;
+use crate::config::{Config, SinkName};
 use crate::enrich::Enricher;
-use crate::error::{Error, Result};
+use crate::enrich::state::require_header;
+use crate::error::Result;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
+use crate::sink::discard::Discard;
 use crate::sink::{self, Durable, Opened, Sink, Stored};
 use crate::source::conn::Conninfo;
 use crate::source::slot::{self, SlotState};
@@ -46,48 +49,37 @@ impl Session {
         let conninfo = Conninfo::parse(&config.postgres.url)?;
         let client = conninfo.sql(APPLICATION).await?;
         let Some((stream, identity)) = take_slot(world, &conninfo, &client).await? else { return Ok(None) };
-        match Self::build(world, chosen, client, stream, identity).await {
-            Ok(session) => Ok(Some(session)),
-            Err(error) => Err(error),
+        let slot = Slot { client: &client, database: conninfo.dbname(), identity: &identity };
+        match slot
+            .open_outlets(world, chosen)
+            .await
+            .and_then(|(outlets, from)| slot.lookups(world, from).map(|e| (outlets, from, e)))
+        {
+            Ok((outlets, from, enricher)) => Ok(Some(Self::start(world, client, stream, outlets, enricher, from))),
+            Err(error) => {
+                // Let the slot go before the caller tries again: else it would meet itself there.
+                stream.finish().await;
+                Err(error)
+            }
         }
     }
 
-    async fn build(
-        world: &World,
-        chosen: &[SinkName],
-        client: Client,
-        stream: Stream,
-        identity: SlotIdentity,
-    ) -> Result<Self> {
-        let config = &world.config;
-        // Read anew: only now, with the slot in our hands, can nobody else move it.
-        let state = slot::read(&client, &config.postgres.slot).await?;
-        let confirmed = slot::require(&config.postgres.slot, state, &database(&client).await?)?.confirmed_flush_lsn;
-        let server = slot::server_lsn(&client).await?;
-        let origin = crate::enrich::state::header(&config.state.dir)?.map_or(Lsn(0), |h| h.origin);
-        let (mut sinks, mut left_out, mut lowest) = (Vec::new(), Vec::new(), None::<Checkpoint>);
-        for name in &config.produce.sinks {
-            let (label, position) = if chosen.contains(name) {
-                let Opened { sink, position } = open_sink(*name, world, &identity).await?;
-                let label = sink.name();
-                sinks.push(sink);
-                (label, position)
-            } else {
-                peek(*name, world, &identity).await?
-            };
-            let at = slot::require_position(label, position.map(Stored::checkpoint), confirmed, origin, server)?;
-            lowest = Some(lowest.map_or(at, |l| if l.covers(at) { at } else { l }));
-            if !chosen.contains(name) {
-                // Without a stored position it holds the acknowledgement where it is.
-                left_out.push(position.unwrap_or(Stored::NOTHING));
-            }
-        }
-        let lowest = lowest.unwrap_or(Checkpoint::whole(confirmed));
-        let start = Checkpoint::whole(lowest.resume);
-        let enricher = Enricher::load(&config.state.dir, start, &identity, &config.tables)?;
-        info!(%confirmed, from = %lowest.resume, lookup_rows = enricher.rows(), "streaming");
-        let walk = Walk::new(client, enricher, config.tables.clone(), start);
-        Ok(Self { stream, outlets: Outlets { sinks, left_out }, walk })
+    /// A session that encodes every event and keeps none: nothing is acknowledged. For measurements.
+    pub(super) async fn discarding(world: &World) -> Result<Option<Self>> {
+        let conninfo = Conninfo::parse(&world.config.postgres.url)?;
+        let client = conninfo.sql(APPLICATION).await?;
+        let Some((stream, identity)) = take_slot(world, &conninfo, &client).await? else { return Ok(None) };
+        let slot = Slot { client: &client, database: conninfo.dbname(), identity: &identity };
+        let from = slot.confirmed(world).await?;
+        let enricher = slot.lookups(world, from)?;
+        let outlets = Outlets { sinks: vec![Box::new(Discard::default())], left_out: Vec::new() };
+        Ok(Some(Self::start(world, client, stream, outlets, enricher, from)))
+    }
+
+    fn start(world: &World, client: Client, stream: Stream, outlets: Outlets, enricher: Enricher, from: Lsn) -> Self {
+        info!(%from, lookup_rows = enricher.rows(), "streaming");
+        let walk = Walk::new(client, enricher, world.config.tables.clone(), Checkpoint::whole(from));
+        Self { stream, outlets, walk }
     }
 
     /// Walks a chunk, then lets the sinks hand over what is due.
@@ -165,20 +157,68 @@ impl Outlets {
     }
 }
 
+/// The slot while this session holds it: nobody else can move it.
+struct Slot<'a> {
+    client: &'a Client,
+    database: &'a str,
+    identity: &'a SlotIdentity,
+}
+
+impl Slot<'_> {
+    async fn confirmed(&self, world: &World) -> Result<Lsn> {
+        let name = &world.config.postgres.slot;
+        let state = slot::read(self.client, name).await?;
+        Ok(slot::require(name, state, self.database)?.confirmed_flush_lsn)
+    }
+
+    /// Fences the sinks, reads their positions, and refuses those that do not fit. Also says where the walk begins.
+    async fn open_outlets(&self, world: &World, chosen: &[SinkName]) -> Result<(Outlets, Lsn)> {
+        let config = &world.config;
+        let confirmed = self.confirmed(world).await?;
+        let server = slot::server_lsn(self.client).await?;
+        let origin = require_header(&config.state.dir)?.origin;
+        let (mut outlets, mut from) = (Outlets { sinks: Vec::new(), left_out: Vec::new() }, None::<Lsn>);
+        for name in &config.produce.sinks {
+            let (label, position) = if chosen.contains(name) {
+                let Opened { sink, position } = open_sink(*name, world, self.identity).await?;
+                outlets.sinks.push(sink);
+                (outlets.sinks[outlets.sinks.len() - 1].name(), position)
+            } else {
+                let (label, position) = peek(*name, config, self.identity).await?;
+                // Without a stored position it holds the acknowledgement where it is.
+                outlets.left_out.push(position.unwrap_or(Stored::NOTHING));
+                (label, position)
+            };
+            let at = slot::require_position(label, position.map(Stored::checkpoint), confirmed, origin, server)?;
+            from = Some(from.map_or(at.resume, |lowest| lowest.min(at.resume)));
+        }
+        Ok((outlets, from.unwrap_or(confirmed)))
+    }
+
+    fn lookups(&self, world: &World, from: Lsn) -> Result<Enricher> {
+        let config = &world.config;
+        Enricher::load(&config.state.dir, Checkpoint::whole(from), self.identity, &config.tables)
+    }
+}
+
 /// Takes the slot by starting to stream from it. While another process has it, waits as its standby and writes nothing.
 async fn take_slot(world: &World, conninfo: &Conninfo, client: &Client) -> Result<Option<(Stream, SlotIdentity)>> {
     let (config, mut told) = (&world.config.postgres, None::<Instant>);
     let binary = slot::can_be_binary(client, &config.publication).await?;
+    let command = start_command(&config.slot, &config.publication, binary);
     loop {
-        slot::require(&config.slot, slot::read(client, &config.slot).await?, &database(client).await?)?;
-        let mut wire = Wire::connect(conninfo, APPLICATION).await?;
-        let system = wire.identify_system().await.map_err(|e| e.into_error("IDENTIFY_SYSTEM"))?;
-        let identity =
-            SlotIdentity { system_id: system.system_id, timeline: system.timeline, slot: config.slot.clone() };
-        match wire.copy_both(&start_command(&config.slot, &config.publication, binary)).await {
-            Ok(connection) => {
+        slot::require(&config.slot, slot::read(client, &config.slot).await?, conninfo.dbname())?;
+        let (conninfo, command) = (conninfo.clone(), command.clone());
+        let connect = move || async move {
+            let mut wire = Wire::connect(&conninfo, APPLICATION).await?;
+            let system = wire.identify_system().await?;
+            Ok((wire.copy_both(&command).await?, system))
+        };
+        match Stream::open(world.config.produce.queue_bytes.0, connect).await {
+            Ok((stream, system)) => {
                 world.health.ok("slot");
-                return Ok(Some((Stream::start(connection, world.config.produce.queue_bytes.0)?, identity)));
+                let (system_id, timeline) = (system.system_id, system.timeline);
+                return Ok(Some((stream, SlotIdentity { system_id, timeline, slot: config.slot.clone() })));
             }
             Err(WireError::Server(e)) if e.code == "55006" => {
                 world.health.failing("slot", &e.message);
@@ -205,11 +245,6 @@ fn start_command(slot: &str, publication: &str, binary: bool) -> String {
     )
 }
 
-async fn database(client: &Client) -> Result<String> {
-    let row = client.query_one("SELECT pg_catalog.current_database()::text", &[]).await;
-    row.map(|row| row.get(0)).map_err(|e| Error::unreachable("Postgres", e))
-}
-
 async fn open_sink(name: SinkName, world: &World, identity: &SlotIdentity) -> Result<Opened> {
     match name {
         SinkName::Kafka => sink::kafka::open(world.config.clone(), identity).await,
@@ -217,9 +252,14 @@ async fn open_sink(name: SinkName, world: &World, identity: &SlotIdentity) -> Re
     }
 }
 
-async fn peek(name: SinkName, world: &World, identity: &SlotIdentity) -> Result<(&'static str, Option<Stored>)> {
+/// Reads a sink's position without taking the sink over.
+pub(super) async fn peek(
+    name: SinkName,
+    config: &Arc<Config>,
+    identity: &SlotIdentity,
+) -> Result<(&'static str, Option<Stored>)> {
     Ok(match name {
-        SinkName::Kafka => ("kafka", sink::kafka::peek(world.config.clone(), identity).await?),
-        SinkName::Archive => ("archive", sink::parquet::peek(&world.config, identity)?),
+        SinkName::Kafka => ("kafka", sink::kafka::peek(Arc::clone(config), identity).await?),
+        SinkName::Archive => ("archive", sink::parquet::peek(config, identity)?),
     })
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio_postgres::Client;
 
@@ -36,6 +37,7 @@ pub(super) struct Walk {
     scratch: Vec<u8>,
     lag: Lag,
     events: u64,
+    started: Instant,
 }
 
 struct Known {
@@ -59,7 +61,18 @@ impl Walk {
             scratch: Vec::new(),
             lag: Lag::default(),
             events: 0,
+            started: Instant::now(),
         }
+    }
+
+    /// Events walked so far.
+    pub(super) fn events(&self) -> u64 {
+        self.events
+    }
+
+    /// Seconds since the session began to stream.
+    pub(super) fn seconds(&self) -> f64 {
+        self.started.elapsed().as_secs_f64()
     }
 
     /// How far everything has been pushed to the sinks.
@@ -150,8 +163,9 @@ impl Walk {
         until: Option<&mut Until>,
     ) -> Result<Option<Reached>> {
         if let Some(until) = until {
-            let begun = |s: &Box<dyn Sink>| s.stored().checkpoint().partial.is_some_and(|p| p.commit_lsn == commit_lsn);
-            let reached = until.commit(commit_lsn, end_lsn, sinks.iter().any(begun))?;
+            let mut halves = sinks.iter().filter_map(|s| s.stored().checkpoint().partial);
+            let begun = halves.any(|p| p.commit_lsn == commit_lsn);
+            let reached = until.commit(commit_lsn, end_lsn, begun)?;
             if reached.is_some() {
                 return Ok(reached);
             }

@@ -7,7 +7,9 @@ use super::{Loaded, Part, Reader, Sink, SinkAt, Slot, Status};
 /// Several lines, each ended.
 pub(super) fn text(status: &Status) -> String {
     let mut text = String::new();
-    let mut line = |name: &str, what: String| drop(writeln!(text, "{name:<10} {what}"));
+    let mut line = |name: &str, what: String| {
+        let _ = writeln!(text, "{name:<10} {what}");
+    };
     line("pipeline", format!("{}, as of {}", status.pipeline, status.as_of));
     line("slot", part(&status.slot, slot));
     for Sink { name, at } in &status.sinks {
