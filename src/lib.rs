@@ -22,6 +22,7 @@ pub mod mock_external; // the simulated outside system
 pub mod produce; //     slot → sinks: the one loop
 pub mod upload; //      archive → BigQuery
 
+pub mod demo; //        the whole system in one terminal
 pub mod http; //        livez, readyz, metrics, status and board over HTTP
 pub mod metrics; //     the figures of this process
 pub mod run; //         produce, consume and upload in one process

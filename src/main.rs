@@ -88,7 +88,7 @@ async fn dispatch(world: &World, verb: Verb, metrics: PrometheusHandle) -> Resul
         Verb::Board(args) => falaj::consume::board(world, &args).await,
         Verb::Upload(args) => falaj::upload::run(world, &args).await,
         Verb::Run => falaj::run::run(world).await,
-        //DEMO
+        Verb::Demo(args) => falaj::demo::run(world, &args, metrics).await,
         Verb::Status(args) => falaj::status::run(world, &args).await,
         Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
         Verb::Healthcheck => falaj::http::healthcheck(&world.config).await,

@@ -4,7 +4,7 @@
 
 mod kafka;
 mod postgres;
-mod text;
+pub(crate) mod text;
 
 use std::collections::BTreeMap;
 use std::future::Future;
