@@ -82,7 +82,10 @@ fn routes(face: Face) -> Router {
     Router::new()
         .route("/livez", get(async || "ok\n"))
         .route("/readyz", get(ready))
-        .route("/metrics", get(async |State(face): State<Face>| ([(header::CONTENT_TYPE, METRICS)], face.metrics.render())))
+        .route(
+            "/metrics",
+            get(async |State(face): State<Face>| ([(header::CONTENT_TYPE, METRICS)], face.metrics.render())),
+        )
         .route("/api/v1/status", get(async |State(face): State<Face>| Json(face.status().await)))
         .route("/api/v1/board", get(board))
         .with_state(face)
@@ -140,7 +143,8 @@ async fn board(State(face): State<Face>, Query(Top { top }): Query<Top>) -> Resp
     match read_board(&face.world.config, top.unwrap_or(TOP)).await {
         Ok(view) => Json(view).into_response(),
         Err(e) => {
-            let status = if e.is_transient() { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::INTERNAL_SERVER_ERROR };
+            let status =
+                if e.is_transient() { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::INTERNAL_SERVER_ERROR };
             (status, Json(BTreeMap::from([("error", e.to_string())]))).into_response()
         }
     }
@@ -197,7 +201,11 @@ mod tests {
     fn ready_means_reported_passing_and_not_draining() {
         let unready = |report: &[(&'static str, Option<&str>)], draining| {
             let report = report.iter().map(|(check, why)| (*check, why.map(str::to_owned))).collect();
-            readiness(report, draining).failing.into_iter().map(|(check, why)| format!("{check}: {why}")).collect::<Vec<_>>()
+            readiness(report, draining)
+                .failing
+                .into_iter()
+                .map(|(check, why)| format!("{check}: {why}"))
+                .collect::<Vec<_>>()
         };
         assert_eq!(unready(&[], false), ["start: no role has reported yet"]);
         assert_eq!(unready(&[("redis", None)], false), [""; 0]);

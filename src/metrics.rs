@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 
 /// Upper bounds of every histogram, in seconds: fine where commit → visible lies, up to a long load job.
 const BUCKETS: &[f64] = &[
-    0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0,
-    3.0, 5.0, 7.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0,
+    0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5,
+    2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0,
 ];
 /// How often samples of histograms are folded into their buckets; without it they pile up until somebody asks.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -125,7 +125,7 @@ impl Reading {
 
     /// The sum over all labels; 0 for a name that nothing was counted under.
     pub fn total(&self, name: &str) -> f64 {
-        self.0.iter().filter(|s| s.name == name).map(|s| s.value).sum()
+        self.0.iter().filter(|s| s.name == name).fold(0.0, |sum, s| sum + s.value)
     }
 
     /// The value with one label, as in `("falaj_produce_lag_bytes", "sink", "kafka")`.
@@ -174,6 +174,7 @@ mod tests {
     fn a_reading_finds_sums_labels_and_quantiles() {
         let reading = Reading::parse(TEXT);
         assert_eq!(reading.total("a_total"), 7.0);
+        assert_eq!(reading.total("none_total").to_string(), "0");
         assert_eq!(reading.labelled("a_total", "table", "y"), Some(4.0));
         assert_eq!(reading.labelled("a_total", "table", "z"), None);
         let none = Reading::default();

@@ -18,8 +18,9 @@ use serde::Serialize;
 use crate::archive;
 use crate::config::{Config, SinkName};
 use crate::error::{Error, Result};
-use crate::lsn::{Lsn, Position, SlotIdentity};
+use crate::lsn::{Lsn, SlotIdentity};
 use crate::sink::{self, Stored};
+use crate::upload::record::{Record, Through};
 use crate::world::World;
 use crate::{cli, upload};
 pub use kafka::{Reader, ReaderAt};
@@ -158,6 +159,7 @@ async fn part<T>(asked: impl Future<Output = Result<T>>) -> Part<T> {
     }
 }
 
+/// Where one sink stands; its position counts for one stream only.
 async fn sink(world: &World, name: SinkName, identity: &Part<SlotIdentity>) -> Sink {
     let label = match name {
         SinkName::Kafka => "kafka",
@@ -201,25 +203,31 @@ async fn loaded(world: &World) -> Result<Vec<Loaded>> {
     if !world.config.archive.dir.exists() {
         return Ok(Vec::new());
     }
-    let mut tables: BTreeMap<String, (Loaded, Option<Position>)> = BTreeMap::new();
+    let mut tables: BTreeMap<String, (Loaded, Option<Record>)> = BTreeMap::new();
     for record in upload::progress(world).await? {
-        let target = Some(record.target);
-        let loaded = record.loaded.map(|p| p.to_string());
-        tables.insert(record.table.clone(), (Loaded { table: record.table, target, loaded, pending_files: 0 }, record.loaded));
+        let told = Loaded {
+            table: record.table.clone(),
+            target: Some(record.target.clone()),
+            loaded: record.loaded.map(|p| p.to_string()),
+            pending_files: 0,
+        };
+        tables.insert(record.table.clone(), (told, Some(record)));
     }
-    for (table, last) in blocking(&world.config, sealed).await? {
+    for (table, at) in blocking(&world.config, sealed).await? {
         let unknown = || (Loaded { table: table.clone(), target: None, loaded: None, pending_files: 0 }, None);
-        let (known, loaded) = tables.entry(table.clone()).or_insert_with(unknown);
-        known.pending_files += usize::from(Some(last) > *loaded);
+        let (told, record) = tables.entry(table.clone()).or_insert_with(unknown);
+        let done = record.as_ref().is_some_and(|r| Some(at.bound) <= r.loaded || Some(at) <= r.through);
+        told.pending_files += usize::from(!done);
     }
-    Ok(tables.into_values().map(|(loaded, _)| loaded).collect())
+    Ok(tables.into_values().map(|(told, _)| told).collect())
 }
 
-/// Table and last position of every sealed file.
-fn sealed(config: &Config) -> Result<Vec<(String, Position)>> {
+/// Table and place of every sealed file.
+fn sealed(config: &Config) -> Result<Vec<(String, Through)>> {
     let mut files = Vec::new();
     for batch in archive::list(&config.archive.dir)? {
-        files.extend(batch.files()?.into_iter().map(|file| (file.table, batch.last)));
+        let place = |part| Through { bound: batch.last, part };
+        files.extend(batch.files()?.into_iter().map(|file| (file.table, place(file.part))));
     }
     Ok(files)
 }

@@ -45,7 +45,19 @@ impl<'a> Figures<'a> {
     pub(super) fn new(stage: &'a Stage, metrics: PrometheusHandle, mock: Mock, began: Instant) -> Self {
         let readings = VecDeque::from([(Instant::now(), Reading::default())]);
         let (client, slot, board) = (None, None, None);
-        Self { stage, metrics, mock, began, readings, client, slot, board, batches: 0, first_visible: None, told: false }
+        Self {
+            stage,
+            metrics,
+            mock,
+            began,
+            readings,
+            client,
+            slot,
+            board,
+            batches: 0,
+            first_visible: None,
+            told: false,
+        }
     }
 
     /// Asks everything anew. What does not answer in time is shown as it was.
@@ -169,12 +181,21 @@ impl<'a> Figures<'a> {
         let time = format!("{}:{:02}", seconds / 60, seconds % 60);
         line(format_args!("\x1b[1mfalaj demo\x1b[0m  {time}    Ctrl-C drains, counts and ends"));
         line(format_args!(""));
-        line(format_args!("Postgres   {:.0} events/s, {} rows; {}", self.rate(), self.rows(), self.slot.as_deref().unwrap_or("-")));
+        line(format_args!(
+            "Postgres   {:.0} events/s, {} rows; {}",
+            self.rate(),
+            self.rows(),
+            self.slot.as_deref().unwrap_or("-")
+        ));
         line(format_args!("Kafka      {}", self.lag("kafka")));
         line(format_args!("Redis      commit → visible {}", self.latency(VISIBLE)));
         line(format_args!("Parquet    {}, {}", self.archive(), self.lag("archive")));
         line(format_args!("BigQuery   {}", self.upload()));
-        line(format_args!("outside    {}; commit → delivered {}", self.outside(), self.latency("falaj_external_latency_seconds")));
+        line(format_args!(
+            "outside    {}; commit → delivered {}",
+            self.outside(),
+            self.latency("falaj_external_latency_seconds")
+        ));
         line(format_args!(""));
         match &self.board {
             Some(board) => text.push_str(&ranking(board)),
@@ -193,7 +214,8 @@ fn ranking(board: &BoardView) -> String {
     for _ in board.top.len()..TOP {
         text.push('\n');
     }
-    let device = |d: &crate::consume::board::Device| format!("{} {}", plain(d.device.as_deref().unwrap_or("(null)")), d.events);
+    let device =
+        |d: &crate::consume::board::Device| format!("{} {}", plain(d.device.as_deref().unwrap_or("(null)")), d.events);
     let devices: Vec<_> = board.devices.iter().take(DEVICES).map(device).collect();
     let _ = writeln!(text, "devices  {}", devices.join(" · "));
     let _ = writeln!(text, "left out: {} late, {} from the future", board.late_dropped, board.future_dropped);

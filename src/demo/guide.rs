@@ -6,18 +6,17 @@ use super::warehouse::Warehouse;
 /// The lines, with the demo's own addresses and names.
 pub(super) fn text(stage: &Stage) -> String {
     let config = &stage.world.config;
-    let (pipeline, archive) = (&config.pipeline, config.archive.dir.display());
+    let (pipeline, redis, archive) = (&config.pipeline, without_password(&config.redis.url), &config.archive.dir);
+    let falaj = std::env::current_exe().map_or("falaj".into(), |path| path.display().to_string());
+    let events = archive.join("*-*").join("engagement_events.parquet");
     let mut text = format!(
         "\nLook around:\n\
          psql '{}' -c 'SELECT device, count(*) FROM engagement_events GROUP BY 1 ORDER BY 2 DESC'\n\
-         redis-cli -u {} HGETALL '{{falaj:{pipeline}}}'\n\
-         FALAJ_PIPELINE={pipeline} falaj board\n\
-         kcat -b {} -C -e -q -X isolation.level=read_committed -t {} -c 3\n\
-         python3 -c \"import glob, pyarrow.parquet as pq; print(pq.read_table(sorted(glob.glob('{archive}/*-*/engagement_events.parquet'))[-1]).slice(0, 3).to_pylist())\"   # pip install pyarrow",
+         FALAJ_PIPELINE={pipeline} FALAJ_REDIS__URL='{redis}' {falaj} board\n\
+         redis-cli -u '{redis}' HGETALL '{{falaj:{pipeline}}}'   # the Kafka offsets that the board stands at\n\
+         python3 -c \"import glob, pyarrow.parquet as pq; print(pq.read_table(max(glob.glob('{}'))).slice(0, 3).to_pylist())\"   # needs pyarrow",
         without_password(&config.postgres.url),
-        without_password(&config.redis.url),
-        config.kafka.servers(),
-        config.topic("engagement_events"),
+        events.display(),
     );
     if let Ok(Some(warehouse)) = Warehouse::of(config) {
         text.push_str(&format!(

@@ -53,11 +53,11 @@ impl Stage {
         let world = World { config, stop: CancellationToken::new(), health: world.health.clone() };
         let stage = Self { world, home };
         let config = &stage.world.config;
-        screen.say(&format!("Postgres   database {NAME} at {}", stage.home));
+        screen.say(&format!("Postgres   {}", Conninfo::parse(&config.postgres.url)?));
         stage.database().await?;
         screen.say(&format!("Kafka      topics {}.* at {}", config.pipeline, config.kafka.servers()));
         stage.forget_topics().await;
-        screen.say(&format!("Redis      keys {{falaj:{}}}* ", config.pipeline));
+        screen.say(&format!("Redis      keys {{falaj:{}}}*", config.pipeline));
         screen.say(&format!("archive    {}", config.archive.dir.display()));
         stage.directories()?;
         match Warehouse::of(config)? {
@@ -67,7 +67,10 @@ impl Stage {
             }
             None => screen.say("BigQuery   left out: no local server in bigquery.project and bigquery.endpoint"),
         }
-        screen.say(&format!("outside    the simulator at {outside}, {} % of its answers are faults", super::FAULTS * 100.0));
+        screen.say(&format!(
+            "outside    the simulator at {outside}, {} % of its answers are faults",
+            super::FAULTS * 100.0
+        ));
         init::run(&stage.world, &cli::Init { yes: true, with_tables: true, adopt_slot: false }).await?;
         Ok(stage)
     }
@@ -195,7 +198,9 @@ mod tests {
     #[test]
     fn only_what_a_demo_has_made_is_removed() {
         assert!(is_demo("falaj_demo_20260102030405") && is_demo("falaj_demo_20260102030405.checkpoint"));
-        for other in ["falaj_demo", "falaj_demo_1", "falaj_demo_20260102030405x", "falaj.content", "x_falaj_demo_20260102030405"] {
+        for other in
+            ["falaj_demo", "falaj_demo_1", "falaj_demo_20260102030405x", "falaj.content", "x_falaj_demo_20260102030405"]
+        {
             assert!(!is_demo(other), "{other}");
         }
     }
@@ -203,7 +208,11 @@ mod tests {
     #[test]
     fn the_url_is_that_of_the_same_server() {
         let database = |url: &str| Conninfo::gather(&in_database(url), &|_| None).unwrap().to_string();
-        for url in ["postgres://me@127.0.0.1:5433/app", "postgres://me@127.0.0.1:5433", "host=127.0.0.1 port=5433 user=me dbname=app"] {
+        for url in [
+            "postgres://me@127.0.0.1:5433/app",
+            "postgres://me@127.0.0.1:5433",
+            "host=127.0.0.1 port=5433 user=me dbname=app",
+        ] {
             assert_eq!(database(url), "127.0.0.1:5433, database \"falaj_demo\", role \"me\"", "{url}");
         }
         let settings = in_database("postgres://me@127.0.0.1:5433/app?application_name=x");

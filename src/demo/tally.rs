@@ -129,8 +129,7 @@ fn outside(mock: &Mock, events: &Ids) -> Finding {
 
 /// The board as it must be by the events, as of the moment at which it was read.
 fn redis(board: &BoardView, events: &Ids) -> Result<Finding> {
-    let as_of: jiff::Timestamp =
-        board.as_of.parse().map_err(|e| Error::fatal("reading the board's time", e))?;
+    let as_of: jiff::Timestamp = board.as_of.parse().map_err(|e| Error::fatal("reading the board's time", e))?;
     let last = bucket_of(as_of.as_microsecond());
     let within = |micros: i64| (last - WINDOW_BUCKETS + 1..=last).contains(&bucket_of(micros));
     let (mut counted, mut late, mut future) = (0, 0, 0);
@@ -178,7 +177,9 @@ fn read_topic(config: &Config, table: &str) -> Result<Ids> {
             Some(Ok(message)) => ids.add(message.payload().unwrap_or_default(), table)?,
             Some(Err(KafkaError::PartitionEOF(_))) => open -= 1,
             Some(Err(e)) => return Err(failed(e)),
-            None => return Err(Error::unreachable(format!("Kafka at {}", config.kafka.servers()), "no answer to a fetch")),
+            None => {
+                return Err(Error::unreachable(format!("Kafka at {}", config.kafka.servers()), "no answer to a fetch"));
+            }
         }
     }
     Ok(ids)
@@ -210,7 +211,8 @@ async fn parquet(config: &Arc<Config>, table: &'static str) -> Result<Ids> {
         let mut ids = Ids::default();
         for batch in archive::list(&dir)? {
             for file in batch.files()?.into_iter().filter(|file| file.table == table) {
-                let failed = |e: &dyn std::fmt::Display| Error::fatal(format_args!("reading {}", file.path.display()), e);
+                let failed =
+                    |e: &dyn std::fmt::Display| Error::fatal(format_args!("reading {}", file.path.display()), e);
                 let rows = File::open(&file.path).map_err(|e| failed(&e))?;
                 read_file(rows, &mut ids).map_err(|e| failed(&e))?;
             }
@@ -261,7 +263,11 @@ mod tests {
         let finding = |place, holds| Finding { place, found: "1 rows".into(), holds };
         let tally = Tally { rows: 1, findings: vec![finding("Kafka", true), finding("Parquet", false)] };
         assert_eq!(tally.verdict().unwrap_err().to_string(), "the counts differ: Parquet");
-        assert!(tally.text().ends_with("\nPASS       Kafka      1 rows\nFAIL       Parquet    1 rows"), "{}", tally.text());
+        assert!(
+            tally.text().ends_with("\nPASS       Kafka      1 rows\nFAIL       Parquet    1 rows"),
+            "{}",
+            tally.text()
+        );
         assert!(Tally { rows: 1, findings: vec![finding("Kafka", true)] }.verdict().is_ok());
     }
 }

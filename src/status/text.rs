@@ -15,10 +15,13 @@ pub(super) fn text(status: &Status) -> String {
     for Sink { name, at } in &status.sinks {
         line(name, part(at, sink));
     }
-    line("archive", part(&status.archive, |a| match &a.last {
-        Some(last) => format!("{} batches in {}, the last {last}", a.batches, a.dir),
-        None => format!("no batches in {}", a.dir),
-    }));
+    line(
+        "batches",
+        part(&status.archive, |a| match &a.last {
+            Some(last) => format!("{} in {}, the last {last}", a.batches, a.dir),
+            None => format!("none in {}", a.dir),
+        }),
+    );
     line("board", part(&status.board, reader));
     line("external", part(&status.external, reader));
     match &status.upload {
@@ -117,7 +120,7 @@ mod tests {
             "pipeline   p, as of now\n\
              slot       s acknowledged to 0/2000, 4.1 kB behind the server (0/3000); 16.0 MB of WAL kept, reserved; nobody reads it\n\
              kafka      not known: kafka found: none\n\
-             archive    no batches in archive\n\
+             batches    none in archive\n\
              board      not known: away\n\
              external   not known: away\n\
              bigquery   no project: nothing is uploaded\n"
