@@ -3,6 +3,7 @@
 //! Every failure that can pass ends the session: open transactions are rolled back, and the next session starts from the
 //! positions that the sinks have stored. There is no other way to recover, so this one is well trodden.
 
+mod held;
 mod lag;
 mod session;
 mod until;
@@ -19,6 +20,7 @@ use crate::config::{Config, SinkName};
 use crate::error::{Error, Result};
 use crate::lsn::{Lsn, SlotIdentity};
 use crate::sink::Stored;
+use crate::source::slot::WireForm;
 use crate::world::{START_PATIENCE, World, backoff};
 use session::Session;
 use until::Until;
@@ -32,8 +34,8 @@ const IDLE: Duration = Duration::from_secs(10);
 enum End {
     /// All that was asked for is durable and acknowledged.
     Done,
-    /// The stream has to be read again, with what this session has learnt.
-    Again,
+    /// The stream has to be read again, with what this session has learnt about its values.
+    Again(Option<WireForm>),
 }
 
 /// Runs the role until shutdown, or until `--until-lsn` is reached.
@@ -44,9 +46,9 @@ enum End {
 pub async fn run(world: &World, args: &cli::Produce) -> Result<()> {
     let chosen = choose(&world.config.produce.sinks, args.sinks.as_deref())?;
     let mut until = args.until_lsn.map(Until::new);
-    let (started, mut delays, mut has_run) = (Instant::now(), backoff(), false);
+    let (started, mut delays, mut has_run, mut form) = (Instant::now(), backoff(), false, None);
     while !world.stop.is_cancelled() {
-        let outcome = match Session::open(world, &chosen).await {
+        let outcome = match Session::open(world, &chosen, form).await {
             Ok(None) => return Ok(()),
             Ok(Some(session)) => {
                 (has_run, delays) = (true, backoff());
@@ -57,7 +59,10 @@ pub async fn run(world: &World, args: &cli::Produce) -> Result<()> {
         };
         let error = match outcome {
             Ok(End::Done) => return Ok(()),
-            Ok(End::Again) => continue,
+            Ok(End::Again(learnt)) => {
+                form = learnt.or(form);
+                continue;
+            }
             Err(error) => error,
         };
         world.health.failing("replication", &error);
@@ -90,7 +95,7 @@ fn choose(configured: &[SinkName], flag: Option<&[SinkName]>) -> Result<Vec<Sink
 pub async fn positions(config: &Arc<Config>, identity: &SlotIdentity) -> Result<Vec<(&'static str, Option<Stored>)>> {
     let mut found = Vec::new();
     for name in &config.produce.sinks {
-        found.push(session::peek(*name, config, identity).await?);
+        found.push(held::peek(*name, config, identity).await?);
     }
     Ok(found)
 }
@@ -145,7 +150,8 @@ async fn run_session(world: &World, mut session: Session, mut until: Option<&mut
                 match walked {
                     Ok(None) => {}
                     Ok(Some(until::Reached::End(at))) => break finish(&mut session, at).await,
-                    Ok(Some(until::Reached::ReadAgain)) => break Ok(End::Again),
+                    Ok(Some(until::Reached::ReadAgain)) => break Ok(End::Again(None)),
+                    Ok(Some(until::Reached::ReadInText)) => break Ok(End::Again(Some(WireForm::Text))),
                     Err(error) => break Err(error),
                 }
             }

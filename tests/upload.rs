@@ -86,6 +86,19 @@ fn a_truncate_empties_the_latest_view() {
 }
 
 #[test]
+fn a_changed_key_leaves_no_row_of_the_old_one_in_the_latest_view() {
+    let bench = Bench::new("moved");
+    let moved = Row { old_key: Some("{\"id\":1}"), ..row(12, 0, "u", 9) };
+    bench.seal(&[("events", &[row(10, 0, "c", 1), row(11, 0, "c", 2), moved, row(13, 0, "u", 2)])]);
+    bench.loads();
+    let latest = || bench.query("SELECT CAST(id AS STRING) FROM `DATASET.events_latest` ORDER BY id").concat();
+    assert_eq!(latest(), ["2", "9"].map(|v| Some(v.to_owned())));
+    bench.seal(&[("events", &[row(14, 0, "c", 1)])]);
+    bench.loads();
+    assert_eq!(latest(), ["1", "2", "9"].map(|v| Some(v.to_owned())));
+}
+
+#[test]
 fn the_latest_view_has_the_value_of_an_unchanged_toast_column_also_of_a_new_one() {
     let bench = Bench::new("toast");
     let silent = |lsn, columns| Row { title: None, unchanged: Some(columns), ..row(lsn, 0, "u", 1) };

@@ -158,7 +158,7 @@ impl<'a> Figures<'a> {
     /// One line, for a log.
     pub(super) fn line(&self) -> String {
         format!(
-            "{:>5.0} s  {:.0} events/s, {} rows | kafka {} | redis {} | parquet {}, {} | bigquery {} | http {}",
+            "{:>5.0} s  {:.0} events/s, {} rows | kafka {} | redis {} | parquet {}; {} | bigquery {} | http {}",
             self.began.elapsed().as_secs_f64(),
             self.rate(),
             self.rows(),
@@ -189,7 +189,7 @@ impl<'a> Figures<'a> {
         ));
         line(format_args!("Kafka      {}", self.lag("kafka")));
         line(format_args!("Redis      commit → visible {}", self.latency(VISIBLE)));
-        line(format_args!("Parquet    {}, {}", self.archive(), self.lag("archive")));
+        line(format_args!("Parquet    {}; {}", self.archive(), self.lag("archive")));
         line(format_args!("BigQuery   {}", self.upload()));
         line(format_args!(
             "outside    {}; commit → delivered {}",

@@ -8,13 +8,15 @@ pub(super) fn text(stage: &Stage) -> String {
     let config = &stage.world.config;
     let (pipeline, redis, archive) = (&config.pipeline, without_password(&config.redis.url), &config.archive.dir);
     let falaj = std::env::current_exe().map_or("falaj".into(), |path| path.display().to_string());
+    // Any Python with pyarrow; `make demo` names the one that its BigQuery server runs under.
+    let python = std::env::var("FALAJ_PYTHON").unwrap_or_else(|_| "python3".into());
     let events = archive.join("*-*").join("engagement_events.parquet");
     let mut text = format!(
         "\nLook around:\n\
          psql '{}' -c 'SELECT device, count(*) FROM engagement_events GROUP BY 1 ORDER BY 2 DESC'\n\
          FALAJ_PIPELINE={pipeline} FALAJ_REDIS__URL='{redis}' {falaj} board\n\
          redis-cli -u '{redis}' HGETALL '{{falaj:{pipeline}}}'   # the Kafka offsets that the board stands at\n\
-         python3 -c \"import glob, pyarrow.parquet as pq; print(pq.read_table(max(glob.glob('{}'))).slice(0, 3).to_pylist())\"   # needs pyarrow",
+         {python} -c \"import glob, pyarrow.parquet as pq; print(pq.read_table(max(glob.glob('{}'))).slice(0, 3).to_pylist())\"",
         without_password(&config.postgres.url),
         events.display(),
     );

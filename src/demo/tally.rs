@@ -145,7 +145,7 @@ fn redis(board: &BoardView, events: &Ids) -> Result<Finding> {
     Ok(Finding {
         place: "Redis",
         found: format!(
-            "{shown} events of the last 10 minutes on the board ({counted} in Kafka), {} late and {} future left out",
+            "{shown} events of the last 10 minutes ({counted} in Kafka), {} late, {} future left out",
             dropped.0, dropped.1
         ),
         holds: shown == counted && dropped == wanted,

@@ -17,13 +17,14 @@ use crate::lsn::{Checkpoint, Lsn, Position};
 use crate::pgoutput::{self, Cell, Old, Tuple};
 use crate::schema::Relation;
 use crate::sink::Sink;
-use crate::source::slot;
-use crate::source::stream::{Chunk, Frame};
+use crate::source::chunk::{Chunk, Frame};
+use crate::source::slot::{self, WireForm};
 
 /// Everything the walk knows between two messages.
 pub(super) struct Walk {
     pub(super) enricher: Enricher,
     client: Client,
+    form: WireForm,
     tables: Vec<config::Table>,
     assembler: Assembler,
     layouts: HashMap<u32, Known>,
@@ -47,15 +48,22 @@ struct Known {
 }
 
 impl Walk {
-    pub(super) fn new(client: Client, enricher: Enricher, tables: Vec<config::Table>, start: Checkpoint) -> Self {
+    pub(super) fn new(
+        client: Client,
+        form: WireForm,
+        enricher: Enricher,
+        tables: Vec<config::Table>,
+        from: Lsn,
+    ) -> Self {
         Self {
             enricher,
             client,
+            form,
             tables,
             assembler: Assembler::default(),
             layouts: HashMap::new(),
             generations: 0,
-            resume: start.resume,
+            resume: from,
             last: None,
             wanted: false,
             scratch: Vec::new(),
@@ -141,7 +149,12 @@ impl Walk {
         match self.assembler.push(message).map_err(|e| Error::fatal("decoding the replication stream", e))? {
             Step::Change(change) => self.change(&change, sinks)?,
             Step::Truncate(changes) => changes.iter().try_for_each(|change| self.change(change, sinks))?,
-            Step::Relation(relation) => self.relation(relation, sinks).await?,
+            Step::Relation(relation) => {
+                if self.form == WireForm::Binary && !relation.columns.iter().all(|c| c.ty().has_binary()) {
+                    return Ok(Some(Reached::ReadInText));
+                }
+                self.relation(relation, sinks).await?;
+            }
             Step::Begin => {
                 let commit_lsn = self.assembler.open().unwrap_or_default();
                 return Ok(until.and_then(|u| u.begin(commit_lsn, self.resume)));

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Offset, TopicPartitionList};
 use serde::Serialize;
 
@@ -44,23 +46,18 @@ pub struct ReaderAt {
 
 /// What feeds the board: the offsets lie in Redis, beside the counts.
 pub(super) async fn board(config: &Arc<Config>) -> Result<Reader> {
-    let (store, ends) = (Store::new(config)?, ask(config, |consumer, topic| ends(&consumer, topic)));
-    let (claim, ends) = tokio::try_join!(store.look(), ends)?;
-    Ok(reader(config, &claim.offsets, ends))
+    let offsets = Store::new(config)?.look().await?.offsets;
+    // Asked for later, so that no reader is ahead of the end.
+    let ends = ask(config, |consumer, topic| ends(&consumer, topic, &partitions(&consumer, topic)?)).await?;
+    Ok(reader(config, &offsets, ends))
 }
 
 /// What feeds the outside system: the offsets are those of a consumer group.
 pub(super) async fn external(config: &Arc<Config>) -> Result<Reader> {
     let (offsets, ends) = ask(config, |consumer, topic| {
-        let ends = ends(&consumer, topic)?;
-        let mut list = TopicPartitionList::new();
-        ends.keys().for_each(|partition| drop(list.add_partition(topic, *partition)));
-        let found = consumer.committed_offsets(list, TIMEOUT)?;
-        let offset = |e: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match e.offset() {
-            Offset::Offset(offset) => Some((e.partition(), offset)),
-            _ => None,
-        };
-        Ok((found.elements().iter().filter_map(offset).collect::<BTreeMap<_, _>>(), ends))
+        let partitions = partitions(&consumer, topic)?;
+        let offsets = committed(&consumer, topic, &partitions)?;
+        Ok((offsets, ends(&consumer, topic, &partitions)?))
     })
     .await?;
     Ok(reader(config, &offsets, ends))
@@ -79,23 +76,38 @@ fn reader(config: &Config, offsets: &BTreeMap<i32, i64>, ends: Ends) -> Reader {
     Reader { topic: config.topic(TABLE), partitions, lag_records }
 }
 
-fn ends(consumer: &BaseConsumer, topic: &str) -> Result<Ends, Failure> {
+fn partitions(consumer: &BaseConsumer, topic: &str) -> Result<Vec<i32>, Failure> {
     let metadata = consumer.fetch_metadata(Some(topic), TIMEOUT)?;
     let found = metadata.topics().iter().find(|t| t.name() == topic && t.error().is_none());
-    let partitions = found.map(|t| t.partitions().iter().map(|p| p.id()).collect::<Vec<_>>()).unwrap_or_default();
-    if partitions.is_empty() {
-        return Err(Failure::NoTopic);
+    let partitions: Vec<i32> = found.map(|t| t.partitions().iter().map(|p| p.id()).collect()).unwrap_or_default();
+    if partitions.is_empty() { Err(Failure::NoTopic) } else { Ok(partitions) }
+}
+
+fn committed(consumer: &BaseConsumer, topic: &str, partitions: &[i32]) -> Result<BTreeMap<i32, i64>, Failure> {
+    let mut list = TopicPartitionList::new();
+    for partition in partitions {
+        list.add_partition(topic, *partition);
     }
-    partitions.into_iter().map(|p| Ok((p, consumer.fetch_watermarks(topic, p, TIMEOUT)?))).collect()
+    let found = consumer.committed_offsets(list, TIMEOUT)?;
+    let offset = |e: &TopicPartitionListElem<'_>| match e.offset() {
+        Offset::Offset(offset) => Some((e.partition(), offset)),
+        _ => None,
+    };
+    Ok(found.elements().iter().filter_map(offset).collect())
+}
+
+fn ends(consumer: &BaseConsumer, topic: &str, partitions: &[i32]) -> Result<Ends, Failure> {
+    let end = |p: &i32| Ok((*p, consumer.fetch_watermarks(topic, *p, TIMEOUT)?));
+    partitions.iter().map(end).collect()
 }
 
 enum Failure {
     NoTopic,
-    Kafka(rdkafka::error::KafkaError),
+    Kafka(KafkaError),
 }
 
-impl From<rdkafka::error::KafkaError> for Failure {
-    fn from(e: rdkafka::error::KafkaError) -> Self {
+impl From<KafkaError> for Failure {
+    fn from(e: KafkaError) -> Self {
         Self::Kafka(e)
     }
 }

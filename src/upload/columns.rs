@@ -198,7 +198,8 @@ fn map_chars(name: &str, allowed: impl Fn(char) -> bool) -> String {
 
 /// The view's query: of each primary key the row with the highest position, unless that is a delete or a truncate came after it.
 ///
-/// An unchanged TOAST column has the value of the last row that carries it. `table` is `project.dataset.table`, `fields` are
+/// An unchanged TOAST column has the value of the last row that carries it, and a key that was changed into another one is
+/// gone. `table` is `project.dataset.table`, `fields` are
 /// its columns; `_id` sorts as the position.
 pub fn view_query(table: &str, primary_key: &[String], fields: &[TableFieldSchema]) -> String {
     let key: Vec<String> = primary_key.iter().map(|c| format!("`{c}`")).collect();
@@ -213,10 +214,32 @@ pub fn view_query(table: &str, primary_key: &[String], fields: &[TableFieldSchem
     let toasted: Vec<String> = fields.iter().filter(|f| can_be_toasted(f, primary_key)).map(carried).collect();
     let replace =
         if toasted.is_empty() { String::new() } else { format!(" REPLACE (\n  {}\n)", toasted.join(",\n  ")) };
+    let (moved, stayed) = match fields.iter().any(|f| f.name == "_old_key") {
+        true => (moved_keys(table, primary_key), " AND (_falaj_moved IS NULL OR _id > _falaj_moved)"),
+        false => (String::new(), ""),
+    };
     format!(
-        "SELECT *{replace} FROM `{table}`\n\
-         WHERE _op != 't' AND _id > (SELECT COALESCE(MAX(_id), '') FROM `{table}` WHERE _op = 't')\n\
+        "SELECT source.*{replace} FROM `{table}` AS source{moved}\n\
+         WHERE _op != 't'{stayed} AND _id > (SELECT COALESCE(MAX(_id), '') FROM `{table}` WHERE _op = 't')\n\
          QUALIFY ROW_NUMBER() OVER ({newest_first}) = 1 AND _op != 'd'"
+    )
+}
+
+/// Joins each key with the last update that changed it into another one: what came before is no row of that key any more.
+fn moved_keys(table: &str, primary_key: &[String]) -> String {
+    let mut old = String::new();
+    let mut same = Vec::new();
+    for (n, column) in primary_key.iter().enumerate() {
+        let path = serde_json::Value::from(format!("$.\"{column}\""));
+        old += &format!("JSON_VALUE(_old_key, {path}) AS _falaj_key{n}, ");
+        same.push(format!("CAST(source.`{column}` AS STRING) = _falaj_key{n}"));
+    }
+    let group: Vec<String> = (0..primary_key.len()).map(|n| format!("_falaj_key{n}")).collect();
+    format!(
+        "\nLEFT JOIN (SELECT {old}MAX(_id) AS _falaj_moved FROM `{table}` WHERE _old_key IS NOT NULL GROUP BY {})\n\
+         ON {}",
+        group.join(", "),
+        same.join(" AND ")
     )
 }
 

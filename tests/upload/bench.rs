@@ -37,6 +37,7 @@ pub struct Row {
     pub id: i64,
     pub title: Option<String>,
     pub unchanged: Option<&'static str>,
+    pub old_key: Option<&'static str>,
 }
 
 /// Rows `from..to` of one transaction each: commit LSN 1000 + n, ordinal 0, id n.
@@ -46,7 +47,7 @@ pub fn rows(from: u64, to: u64) -> Vec<Row> {
 
 pub fn row(lsn: u64, ordinal: u64, op: &'static str, id: i64) -> Row {
     let at = Position { commit_lsn: Lsn(lsn), ordinal };
-    Row { at, op, id, title: (id % 3 != 0).then(|| format!("عنوان {id}")), unchanged: None }
+    Row { at, op, id, title: (id % 3 != 0).then(|| format!("عنوان {id}")), unchanged: None, old_key: None }
 }
 
 /// The event ids of rows, as they should stand in the table.
@@ -233,6 +234,7 @@ fn columns(table: &str, rows: &[Row], note: bool) -> RecordBatch {
         (StringBuilder::new(), StringBuilder::new(), StringBuilder::new(), StringBuilder::new());
     let mut commit_ts = TimestampMicrosecondBuilder::new().with_timezone("UTC");
     let (mut commit_lsn, mut ordinal) = (Int64Builder::new(), Int64Builder::new());
+    let mut old_key = StringBuilder::new();
     let (mut unchanged, mut raw, mut notes) = (StringBuilder::new(), StringBuilder::new(), StringBuilder::new());
     for row in rows {
         let micros = 1_700_000_000_000_000 + row.id;
@@ -253,6 +255,7 @@ fn columns(table: &str, rows: &[Row], note: bool) -> RecordBatch {
         commit_lsn.append_value(row.at.commit_lsn.0 as i64);
         ordinal.append_value(row.at.ordinal as i64);
         unchanged.append_option(row.unchanged);
+        old_key.append_option(row.old_key);
         raw.append_null();
         notes.append_option(row.unchanged.is_none_or(|u| !u.contains("note")).then_some("noted"));
     }
@@ -273,6 +276,7 @@ fn columns(table: &str, rows: &[Row], note: bool) -> RecordBatch {
         ("_commit_ts", Arc::new(commit_ts.finish()), false),
         ("_commit_lsn", Arc::new(commit_lsn.finish()), false),
         ("_ordinal", Arc::new(ordinal.finish()), false),
+        ("_old_key", Arc::new(old_key.finish()), true),
         ("_unchanged", Arc::new(unchanged.finish()), true),
         ("_raw", Arc::new(raw.finish()), true),
     ];
