@@ -62,7 +62,8 @@ async fn run(cli: Cli) -> Result<()> {
 /// What has to pass before a role that stays is ready; until it has been tried for the first time, it fails.
 fn starting(config: &Config, verb: &Verb) -> Vec<&'static str> {
     let produce = ["replication"];
-    let upload: &[_] = if config.bigquery.project.is_some() { &["upload"] } else { &[] };
+    let loads = config.bigquery.project.as_deref().is_some_and(|project| !project.is_empty());
+    let upload: &[_] = if loads { &["upload"] } else { &[] };
     let redis = ["redis", "kafka_board"];
     let external = ["kafka_external"];
     match verb {

@@ -175,7 +175,7 @@ fn configuration(given: &Config, outside: &str) -> Result<Config> {
     config.state.dir = root.join("state");
     config.external.url = outside.to_owned();
     // The demo never loads into the real service, which costs money.
-    let project = given.bigquery.project.clone().filter(|_| Warehouse::is_local(given));
+    let project = given.bigquery.project.clone().filter(|p| !p.is_empty() && Warehouse::is_local(given));
     config.bigquery = BigQuery { project, dataset: run, load_every: OFTEN, ..given.bigquery.clone() };
     Ok(config)
 }
