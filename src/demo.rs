@@ -61,10 +61,11 @@ async fn show(world: &World, args: &cli::Demo, metrics: PrometheusHandle, screen
     let outside = listener.local_addr().map_err(|e| Error::fatal("listening on 127.0.0.1", e))?;
     let mock = Mock::new(Faults::random(FAULTS, SEED));
     let outside = format!("http://{outside}/events");
-    let stage = tokio::select! {
-        stage = Stage::prepare(world, &outside, screen) => stage?,
-        () = world.stop.cancelled() => return Ok(()),
-    };
+    let stage = Stage::new(world, &outside)?;
+    tokio::select! {
+        prepared = stage.prepare(screen) => prepared?,
+        () = world.stop.cancelled() => return stage.drop_slot().await,
+    }
     tokio::spawn(mock_external::serve(listener, mock.clone(), CancellationToken::new()));
     if let Some(address) = http::start(&stage.world, metrics.clone()).await? {
         screen.say(&format!("HTTP       http://{address}/metrics, /readyz, /api/v1/status, /api/v1/board"));
@@ -72,6 +73,7 @@ async fn show(world: &World, args: &cli::Demo, metrics: PrometheusHandle, screen
     let mut cast = Cast::start(&stage.world);
     let mut figures = Figures::new(&stage, metrics, mock.clone(), began);
     let ended = watch(world, args, &mut cast, &mut figures, screen).await;
+    screen.say(&figures.line());
     let counted = match ended {
         Ok(()) => drain(&stage, cast, screen).await,
         Err(error) => {
@@ -132,7 +134,6 @@ async fn until(deadline: Option<Instant>) {
 /// Lets everything that was committed through every role, to a fixed LSN, as `--until-lsn`, `--until-end` and `--once` do.
 async fn drain(stage: &Stage, cast: Cast, screen: &mut Screen) -> Result<()> {
     let Cast { generate, produce, consume, upload } = cast;
-    screen.clear();
     generate.stop().await?;
     let end = stage.server_lsn().await?;
     screen.say(&format!("draining   produce to {end}"));

@@ -26,6 +26,8 @@ use crate::world::World;
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// A status younger than this is shown again: gathering one asks every server.
 const STATUS_AGE: Duration = Duration::from_secs(1);
+/// What there is to ask for.
+const INDEX: &str = "falaj\n/livez\n/readyz\n/metrics\n/api/v1/status\n/api/v1/board?top=10\n";
 /// How long `healthcheck` waits.
 const HEALTHCHECK: Duration = Duration::from_secs(5);
 /// Contents on the board unless `?top=N` says otherwise.
@@ -80,6 +82,7 @@ struct Face {
 
 fn routes(face: Face) -> Router {
     Router::new()
+        .route("/", get(async || INDEX))
         .route("/livez", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route(

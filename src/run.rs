@@ -24,7 +24,7 @@ pub async fn run(world: &World) -> Result<()> {
     roles.spawn(async move { ("upload", upload::run(&w, &cli::Upload::default()).await) });
     let mut first = Ok(());
     while let Some(ended) = roles.join_next().await {
-        let (role, outcome) = ended.map_err(|e| Error::fatal("running the roles", e))?;
+        let (role, outcome) = ended.unwrap_or_else(|panic| ("a role", Err(Error::fatal("running the roles", panic))));
         match outcome {
             Ok(()) => info!(role, "ended"),
             Err(failure) => {

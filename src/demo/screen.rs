@@ -54,7 +54,7 @@ impl Screen {
     }
 
     /// Takes the view away.
-    pub(super) fn clear(&mut self) {
+    fn clear(&mut self) {
         let text = self.back();
         self.drawn = 0;
         self.write(&text);

@@ -46,20 +46,23 @@ pub(super) fn root(config: &Config) -> Result<PathBuf> {
 }
 
 impl Stage {
-    /// Removes what an earlier demo has left, makes everything, and runs `init`.
-    pub(super) async fn prepare(world: &World, outside: &str, screen: &mut Screen) -> Result<Self> {
+    /// Plans the stage; nothing is asked yet.
+    pub(super) fn new(world: &World, outside: &str) -> Result<Self> {
         let config = Arc::new(configuration(&world.config, outside)?);
         let home = Conninfo::parse(&world.config.postgres.url)?;
-        let world = World { config, stop: CancellationToken::new(), health: world.health.clone() };
-        let stage = Self { world, home };
-        let config = &stage.world.config;
+        Ok(Self { world: World { config, stop: CancellationToken::new(), health: world.health.clone() }, home })
+    }
+
+    /// Removes what an earlier demo has left, makes everything, and runs `init`.
+    pub(super) async fn prepare(&self, screen: &mut Screen) -> Result<()> {
+        let config = &self.world.config;
         screen.say(&format!("Postgres   {}", Conninfo::parse(&config.postgres.url)?));
-        stage.database().await?;
+        self.database().await?;
         screen.say(&format!("Kafka      topics {}.* at {}", config.pipeline, config.kafka.servers()));
-        stage.forget_topics().await;
+        self.forget_topics().await;
         screen.say(&format!("Redis      keys {{falaj:{}}}*", config.pipeline));
         screen.say(&format!("archive    {}", config.archive.dir.display()));
-        stage.directories()?;
+        self.directories()?;
         match Warehouse::of(config)? {
             Some(warehouse) => {
                 screen.say(&format!("BigQuery   data set {} at {}", config.bigquery.dataset, warehouse.base()));
@@ -67,12 +70,9 @@ impl Stage {
             }
             None => screen.say("BigQuery   left out: no local server in bigquery.project and bigquery.endpoint"),
         }
-        screen.say(&format!(
-            "outside    the simulator at {outside}, {} % of its answers are faults",
-            super::FAULTS * 100.0
-        ));
-        init::run(&stage.world, &cli::Init { yes: true, with_tables: true, adopt_slot: false }).await?;
-        Ok(stage)
+        let (url, faults) = (&config.external.url, super::FAULTS * 100.0);
+        screen.say(&format!("outside    the simulator at {url}, {faults} % of its answers are faults"));
+        init::run(&self.world, &cli::Init { yes: true, with_tables: true, adopt_slot: false }).await
     }
 
     /// The database, made anew. A slot in use means that another demo runs.
