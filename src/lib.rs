@@ -25,6 +25,12 @@ pub mod mock_external; // the simulated outside system
 pub mod produce; //     slot → sinks: the one loop
 pub mod upload; //      archive → BigQuery
 
+pub mod demo; //        the whole system in one terminal
+pub mod http; //        livez, readyz, metrics, status and board over HTTP
+pub mod metrics; //     the figures of this process
+pub mod run; //         produce, consume and upload in one process
+pub mod status; //      where everything stands
+
 pub mod cli; //         the command line
 pub mod config; //      defaults < file < environment < flags
 pub mod kafka; //       what every Kafka client shares

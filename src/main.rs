@@ -1,21 +1,25 @@
 //! The `falaj` binary: reads the command line and the configuration, runs one role, maps its error to an exit code.
 
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use falaj::cli::{Cli, Verb};
+use falaj::cli::{Cli, Outlet, Verb};
 use falaj::config::Config;
 use falaj::error::{Error, Result};
 use falaj::world::{Health, World};
+use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 /// How long a drain may take after the first signal.
 const DRAIN: Duration = Duration::from_secs(10);
+/// … and that of the demo, which drains stage after stage and then counts everything.
+const DEMO_DRAIN: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -44,11 +48,38 @@ async fn run(cli: Cli) -> Result<()> {
     let file = cli.config.as_deref().or_else(|| Some(Path::new("falaj.toml")).filter(|p| p.exists()));
     let config = Arc::new(Config::load(file, std::env::vars())?);
     let world = World { config, stop: CancellationToken::new(), health: Health::default() };
-    tokio::spawn(watch_signals(world.stop.clone()));
-    dispatch(&world, cli.verb).await
+    let patience = if let Verb::Demo(_) = cli.verb { DEMO_DRAIN } else { DRAIN };
+    tokio::spawn(watch_signals(world.stop.clone(), patience));
+    let metrics = falaj::metrics::install()?;
+    let checks = starting(&world.config, &cli.verb);
+    if !checks.is_empty() {
+        checks.into_iter().for_each(|check| world.health.failing(check, "starting"));
+        falaj::http::start(&world, metrics.clone()).await?;
+    }
+    dispatch(&world, cli.verb, metrics).await
 }
 
-async fn dispatch(world: &World, verb: Verb) -> Result<()> {
+/// What has to pass before a role that stays is ready; until it has been tried for the first time, it fails.
+fn starting(config: &Config, verb: &Verb) -> Vec<&'static str> {
+    let produce = ["replication"];
+    let loads = config.bigquery.project.as_deref().is_some_and(|project| !project.is_empty());
+    let upload: &[_] = if loads { &["upload"] } else { &[] };
+    let redis = ["redis", "kafka_board"];
+    let external = ["kafka_external"];
+    match verb {
+        Verb::Produce(_) => produce.to_vec(),
+        Verb::Upload(_) => upload.to_vec(),
+        Verb::Consume(args) => match args.sinks.as_deref() {
+            Some([Outlet::Redis]) => redis.to_vec(),
+            Some([Outlet::External]) => external.to_vec(),
+            _ => [&redis[..], &external].concat(),
+        },
+        Verb::Run => [&produce[..], &redis, &external, upload].concat(),
+        _ => Vec::new(),
+    }
+}
+
+async fn dispatch(world: &World, verb: Verb, metrics: PrometheusHandle) -> Result<()> {
     match verb {
         Verb::Init(args) => falaj::init::run(world, &args).await,
         Verb::Check(args) => falaj::check::run(world, args.json).await,
@@ -57,14 +88,18 @@ async fn dispatch(world: &World, verb: Verb) -> Result<()> {
         Verb::Measure(args) => falaj::produce::measure(world, args.until_lsn).await,
         Verb::Consume(args) => falaj::consume::run(world, &args).await,
         Verb::Board(args) => falaj::consume::board(world, &args).await,
-        Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
         Verb::Upload(args) => falaj::upload::run(world, &args).await,
+        Verb::Run => falaj::run::run(world).await,
+        Verb::Demo(args) => falaj::demo::run(world, &args, metrics).await,
+        Verb::Status(args) => falaj::status::run(world, &args).await,
+        Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
+        Verb::Healthcheck => falaj::http::healthcheck(&world.config).await,
         other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }
 
-/// The first SIGTERM or SIGINT drains; a second one, or ten seconds, ends the process at once with 1.
-async fn watch_signals(stop: CancellationToken) {
+/// The first SIGTERM or SIGINT drains; a second one, or the end of `patience`, ends the process at once with 1.
+async fn watch_signals(stop: CancellationToken, patience: Duration) {
     let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
         return;
     };
@@ -74,7 +109,7 @@ async fn watch_signals(stop: CancellationToken) {
     stop.cancel();
     tokio::select! {
         () = either() => {}
-        () = tokio::time::sleep(DRAIN) => tracing::error!("not drained within {DRAIN:?}"),
+        () = tokio::time::sleep(patience) => tracing::error!("not drained within {patience:?}"),
     }
     std::process::exit(1);
 }
@@ -82,5 +117,11 @@ async fn watch_signals(stop: CancellationToken) {
 fn log_to_stderr() {
     let filter =
         EnvFilter::try_from_env("FALAJ_LOG").unwrap_or_else(|_| EnvFilter::new("info,rustls=warn,librdkafka=warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let terminal = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(terminal)
+        .with_target(false)
+        .init();
 }

@@ -3,6 +3,7 @@
 mod board;
 mod compose;
 mod external;
+mod face;
 mod generate;
 mod mock_external;
 mod setup;

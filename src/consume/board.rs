@@ -245,7 +245,7 @@ fn table(view: &BoardView) -> String {
 }
 
 /// What a terminal may get of a text that anyone may have written: no control characters, and not too much.
-fn plain(text: &str) -> String {
+pub(crate) fn plain(text: &str) -> String {
     let mut plain = String::new();
     for (i, c) in text.chars().enumerate() {
         match c {

@@ -368,7 +368,7 @@ fn segment(text: &str) -> impl std::fmt::Display {
 }
 
 /// The base address: configured, else the emulator's (`host:port` or a URL), else Google's.
-fn base(endpoint: Option<&str>, emulator: Option<String>) -> String {
+pub(crate) fn base(endpoint: Option<&str>, emulator: Option<String>) -> String {
     let chosen = endpoint.map(str::to_owned).or(emulator).filter(|s| !s.is_empty());
     let url = match chosen {
         Some(url) if url.contains("://") => url,
@@ -379,7 +379,7 @@ fn base(endpoint: Option<&str>, emulator: Option<String>) -> String {
 }
 
 /// Whether requests to this address need Google's tokens; private endpoints are under the same domain.
-fn is_google(base: &str) -> bool {
+pub(crate) fn is_google(base: &str) -> bool {
     base.strip_prefix("https://")
         .is_some_and(|host| host.split(['/', ':']).next().unwrap_or("").ends_with(".googleapis.com"))
 }

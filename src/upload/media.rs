@@ -2,9 +2,9 @@
 //!
 //! Protocol: <https://cloud.google.com/bigquery/docs/reference/api-uploads>.
 
-use std::cell::Cell;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, PoisonError};
 
 use gcp_bigquery_client::model::job::Job;
 use reqwest::{Response, StatusCode, header};
@@ -61,11 +61,11 @@ impl BigQuery {
             }
         };
         // Unknown (None) after a request that failed: the service may have taken any part of it.
-        let offset = Cell::new(Some(0));
+        let offset = Mutex::new(Some(0));
         loop {
             let step = world.for_ever(CHECK, async || self.step(&doing, &session, file, bytes, &offset).await).await?;
             match step {
-                Step::Incomplete(next) => offset.set(Some(next)),
+                Step::Incomplete(next) => *offset.lock().unwrap_or_else(PoisonError::into_inner) = Some(next),
                 Step::End(sent) => return Ok(sent),
             }
         }
@@ -94,9 +94,10 @@ impl BigQuery {
         session: &str,
         file: &File,
         bytes: u64,
-        offset: &Cell<Option<u64>>,
+        offset: &Mutex<Option<u64>>,
     ) -> Result<Step> {
-        let at = match offset.take() {
+        let known = offset.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let at = match known {
             Some(at) => at,
             None => match self.ask(doing, session, bytes).await? {
                 Step::Incomplete(at) => at,

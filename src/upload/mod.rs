@@ -123,13 +123,15 @@ async fn round(
         resting.retain(|_, until| *until > Instant::now());
         tables.retain(|table, _| !resting.contains_key(table));
     }
-    let turns = tables.iter().map(|(table, files)| {
+    // Made ahead: a stream that maps by itself could not be moved between threads.
+    let mut turns = Vec::with_capacity(tables.len());
+    for (table, files) in &tables {
         let load = TableLoad { world, service, records, table, files, once };
         let id = ids[table]
             .clone()
             .map_err(|why| Error::refused("bigquery_table", why, "a name of its own in BigQuery", RENAME));
-        async move { (table, async { load.run(&id?).await }.await) }
-    });
+        turns.push(async move { (table, async { load.run(&id?).await }.await) });
+    }
     let mut all = Round::default();
     let mut turns = futures_util::stream::iter(turns).buffer_unordered(TABLES_AT_ONCE);
     while let Some((table, outcome)) = turns.next().await {
