@@ -57,6 +57,7 @@ async fn dispatch(world: &World, verb: Verb) -> Result<()> {
         Verb::Consume(args) => falaj::consume::run(world, &args).await,
         Verb::Board(args) => falaj::consume::board(world, &args).await,
         Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
+        Verb::Upload(args) => falaj::upload::run(world, &args).await,
         other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }

@@ -6,3 +6,4 @@ mod external;
 mod generate;
 mod mock_external;
 mod setup;
+mod upload;
