@@ -16,7 +16,9 @@ pub struct Backlog {
     pub workload: Workload,
     /// A slot at its start, which nobody reads: each run reads a copy.
     pub slot: String,
-    /// Its end.
+    /// Where that slot stands.
+    pub start: Lsn,
+    /// End of the rows.
     pub end: Lsn,
     /// Bytes of a row's replication message, text and binary, transactions included.
     pub row_bytes: RowBytes,
@@ -61,16 +63,16 @@ pub async fn prepare(stack: &Stack) -> Result<()> {
 const PROCEDURE: &str = r#"
 CREATE PROCEDURE bench_load(total bigint, size bigint) LANGUAGE plpgsql AS $$
 BEGIN
-    FOR first IN 1..total BY size LOOP
+    FOR lowest IN 1..total BY size LOOP
         INSERT INTO engagement_events (content_id, user_id, event_type, event_ts, duration_ms, device, raw_payload)
         SELECT CASE WHEN n % 50 > 0 THEN md5('content' || floor(CONTENTS * ((n * 7919 % 10007) / 10007.0) ^ 3)::int)::uuid END,
                md5('user' || n % 20000)::uuid,
-               (ARRAY['play', 'play', 'pause', 'click', 'finish'])[n % 5 + 1],
+               (ARRAY['play', 'play', 'pause', 'click', 'finish'])[(n % 5)::int + 1],
                timestamptz '2026-01-01' + n * interval '1.234567 ms',
                CASE WHEN n % 4 > 0 THEN n * 7919 % 600000 END,
-               (ARRAY['ios', 'android', 'web-safari', U&'web\2011safari', 'web-chrome', 'desktop'])[n % 6 + 1],
+               (ARRAY['ios', 'android', 'web-safari', U&'web\2011safari', 'web-chrome', 'desktop'])[(n % 6)::int + 1],
                format('{"seq": %s, "app": {"version": "5.%s"}, "geo": {"city": "الرياض"}}', n, n % 40)::jsonb
-        FROM generate_series(first, least(first + size - 1, total)) n;
+        FROM generate_series(lowest, least(lowest + size - 1, total)) n;
         COMMIT;
     END LOOP;
 END $$"#;
@@ -89,9 +91,10 @@ pub async fn load(stack: &Stack, workload: Workload) -> Result<Backlog> {
     // A transaction with a durable commit takes everything before it to the disk.
     stack.ask("SELECT pg_logical_emit_message(true, 'falaj bench', 'loaded')::text").await?;
     stack.execute("CHECKPOINT").await?;
-    let end = stack.ask("SELECT pg_current_wal_flush_lsn()::text").await?;
-    let end = end.parse().map_err(anyhow::Error::msg)?;
-    let mut backlog = Backlog { workload, slot, end, row_bytes: RowBytes { text: 0.0, binary: 0.0 } };
+    let end = stack.lsn("SELECT pg_current_wal_flush_lsn()::text").await?;
+    let start = format!("SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{slot}'");
+    let start = stack.lsn(&start).await?;
+    let mut backlog = Backlog { workload, slot, start, end, row_bytes: RowBytes { text: 0.0, binary: 0.0 } };
     let text = wire_bytes(stack, &backlog, false).await?;
     backlog.row_bytes = RowBytes { text, binary: wire_bytes(stack, &backlog, true).await? };
     Ok(backlog)

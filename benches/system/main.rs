@@ -21,7 +21,19 @@ use report::Figures;
 use stack::Stack;
 
 #[tokio::main]
-async fn main() -> Result<ExitCode> {
+async fn main() -> ExitCode {
+    match bench().await {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("bench     {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Measures, prints, and gives the number of bars that were missed.
+async fn bench() -> Result<usize> {
     let quick = std::env::var("QUICK").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
     let figures = measure(quick).await?;
     let raw = keep(&figures)?;
@@ -33,7 +45,7 @@ async fn main() -> Result<ExitCode> {
     }
     let missed = verdicts.iter().filter(|v| !v.held).count();
     println!("{} bars held, {missed} missed", verdicts.len() - missed);
-    Ok(if missed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(missed)
 }
 
 async fn measure(quick: bool) -> Result<Figures> {

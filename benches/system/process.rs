@@ -1,7 +1,7 @@
 //! One process from start to exit: how long it takes, and the CPU and memory that it costs, here and in the servers.
 
 use std::fs;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -53,15 +53,25 @@ pub struct Finished {
 }
 
 /// Runs a command to its end. An exit code other than 0 is an error with the end of its log.
-pub fn run(mut command: Command, servers: Servers) -> Result<Finished> {
+pub fn run(command: Command, servers: Servers) -> Result<Finished> {
+    run_watched(command, servers, |_| ())
+}
+
+/// The same, and shows each line of its log to `on_line` as it comes.
+pub fn run_watched(
+    mut command: Command,
+    servers: Servers,
+    on_line: impl FnMut(&str) + Send + 'static,
+) -> Result<Finished> {
     let broker = cpu_seconds(servers.kafka).context("the broker is gone")?;
     let began = Instant::now();
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
     let watch = Watch::start(child.id(), servers.postgres);
     let (out, err) = (child.stdout.take(), child.stderr.take());
-    let err = thread::spawn(move || text(err));
-    let stdout = text(out)?;
+    let err = thread::spawn(move || lines(err, on_line));
+    let mut stdout = String::new();
+    out.context("a pipe was asked for")?.read_to_string(&mut stdout)?;
     let stderr = err.join().map_err(|_| anyhow::anyhow!("the reader of stderr panicked"))??;
     // Its pipes have closed: it is ending now. As a zombie it still shows its CPU time.
     let client = cpu_at_end(child.id());
@@ -91,10 +101,15 @@ pub fn peak_rss(pid: u32) -> Option<u64> {
     line.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-fn text(pipe: Option<impl Read>) -> Result<String> {
-    let mut text = String::new();
-    pipe.context("a pipe was asked for")?.read_to_string(&mut text)?;
-    Ok(text)
+fn lines(pipe: Option<impl Read>, mut on_line: impl FnMut(&str)) -> Result<String> {
+    let mut all = String::new();
+    for line in BufReader::new(pipe.context("a pipe was asked for")?).lines() {
+        let line = line?;
+        on_line(&line);
+        all.push_str(&line);
+        all.push('\n');
+    }
+    Ok(all)
 }
 
 fn tail(log: &str) -> String {

@@ -3,12 +3,16 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use falaj::lsn::Lsn;
 use serde::Serialize;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use crate::load::{Backlog, recvlogical};
-use crate::plan::Reader;
+use crate::plan::{Reader, Workload};
 use crate::process::{self, Cpu, Finished};
 use crate::sinks::{self, Content};
 use crate::stack::Stack;
@@ -24,9 +28,9 @@ pub struct Run {
     pub rows: u64,
     /// Seconds from start to exit of the process.
     pub whole_seconds: f64,
-    /// Seconds from the first message that was walked to the last acknowledgement, as falaj says; `None` for the baseline.
-    pub streaming_seconds: Option<f64>,
-    /// The figure that counts (see [`rate`]).
+    /// What falaj says of its streaming; `None` for the baseline.
+    pub streaming: Option<Streaming>,
+    /// The figure that counts: of the streaming where there is one, else of the whole process.
     pub rows_per_second: f64,
     /// What it cost.
     pub cpu: Cpu,
@@ -34,6 +38,15 @@ pub struct Run {
     pub peak_rss: u64,
     /// Whether each sink that it feeds holds every row once.
     pub sinks: HashMap<&'static str, Content>,
+}
+
+/// The part of a run between its start-up and its end.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Streaming {
+    /// From the first row that is walked to the last acknowledgement.
+    pub seconds: f64,
+    /// Share of the backlog that had been sent before that, while the sinks were being opened. These rows do not count.
+    pub ahead: f64,
 }
 
 impl Run {
@@ -64,11 +77,16 @@ pub async fn run(stack: &Stack, backlog: &Backlog, reader: Reader, number: usize
             command
         }
     };
-    let finished = tokio::task::block_in_place(|| process::run(command, stack.servers))?;
+    let (ahead, on_line) = watch_start(stack, backlog, &slot);
+    let finished = tokio::task::block_in_place(|| process::run_watched(command, stack.servers, on_line))?;
+    let streaming = match reader {
+        Reader::Baseline => None,
+        _ => Some(Streaming { seconds: streamed(reader, &finished)?, ahead: ahead.await?? }),
+    };
     let sinks = sinks::count(stack, reader, &name).await?;
     stack.drop_slot(&slot).await?;
     sinks::remove(stack, reader, &name).await?;
-    summary(backlog, reader, finished, sinks)
+    Ok(summary(backlog, reader, finished, streaming, sinks))
 }
 
 /// A `falaj` whose names and directories are those of one pipeline.
@@ -86,43 +104,65 @@ pub fn pipeline_dir(stack: &Stack, pipeline: &str) -> PathBuf {
     stack.dir.join(pipeline)
 }
 
+/// At the line that says that the walk begins: how much of the backlog the walsender has sent by then. What is in the
+/// queues and in the kernel's buffers counts as sent.
+fn watch_start(
+    stack: &Stack,
+    backlog: &Backlog,
+    slot: &str,
+) -> (JoinHandle<Result<f64>>, impl FnMut(&str) + Send + 'static) {
+    let (begins, begun) = oneshot::channel();
+    let (client, start, length) = (Arc::clone(&stack.sql), backlog.start.0, backlog.end.0 - backlog.start.0);
+    let sql = format!(
+        "SELECT sent_lsn::text FROM pg_stat_replication JOIN pg_replication_slots ON pid = active_pid \
+         WHERE slot_name = '{slot}'"
+    );
+    let ahead = tokio::spawn(async move {
+        begun.await.context("falaj did not say that it streams")?;
+        let sent: Option<String> = client.query_one(&sql, &[]).await?.get(0);
+        let sent: Lsn = sent.as_deref().unwrap_or("0/0").parse().map_err(anyhow::Error::msg)?;
+        Ok(sent.0.saturating_sub(start) as f64 / length as f64)
+    });
+    let mut begins = Some(begins);
+    let on_line = move |line: &str| {
+        if line.contains(" streaming ")
+            && let Some(begins) = begins.take()
+        {
+            // Nobody waits for it any more only when the bench itself is ending.
+            let _ = begins.send(());
+        }
+    };
+    (ahead, on_line)
+}
+
 fn summary(
     backlog: &Backlog,
     reader: Reader,
     finished: Finished,
+    streaming: Option<Streaming>,
     sinks: HashMap<&'static str, Content>,
-) -> Result<Run> {
-    let rows = backlog.workload.rows;
-    let streaming_seconds = match reader {
-        Reader::Baseline => None,
-        Reader::Discard => Some(measured(&finished.stdout)?),
-        _ => Some(reached(&finished.stderr)?),
+) -> Run {
+    let Workload { name, rows, .. } = backlog.workload;
+    let rate = match streaming {
+        Some(Streaming { seconds, ahead }) => rows as f64 * (1.0 - ahead) / seconds,
+        None => rows as f64 / finished.seconds,
     };
-    Ok(Run {
-        workload: backlog.workload.name,
+    Run {
+        workload: name,
         reader,
         rows,
         whole_seconds: finished.seconds,
-        streaming_seconds,
-        rows_per_second: rate(backlog, finished.seconds, streaming_seconds),
+        streaming,
+        rows_per_second: rate,
         cpu: finished.cpu,
         peak_rss: finished.peak_rss,
         sinks,
-    })
+    }
 }
 
-/// Rows a second. The whole process counts its start-up too. Its streaming part does not, but while the sinks are being
-/// opened a queue's worth of rows (`produce.queue_bytes`) may have been read ahead, so these do not count there.
-/// Neither can be more than the true rate: the larger one is taken.
-fn rate(backlog: &Backlog, whole: f64, streaming: Option<f64>) -> f64 {
-    let rows = backlog.workload.rows as f64;
-    let ahead = QUEUE_BYTES / backlog.row_bytes.binary;
-    let streamed = streaming.map_or(0.0, |seconds| (rows - ahead).max(0.0) / seconds);
-    streamed.max(rows / whole)
+fn streamed(reader: Reader, finished: &Finished) -> Result<f64> {
+    if reader == Reader::Discard { measured(&finished.stdout) } else { reached(&finished.stderr) }
 }
-
-/// The default of `produce.queue_bytes`.
-const QUEUE_BYTES: f64 = 8.0 * 1024.0 * 1024.0;
 
 /// `measure` prints one line of JSON.
 fn measured(stdout: &str) -> Result<f64> {

@@ -106,9 +106,9 @@ impl Figures {
         )?;
         writeln!(
             out,
-            "| reader | rows/s, median (min–max) | ratio | whole process, s | CPU s: client | walsender | broker | peak RSS, MB | in the sink |"
+            "| reader | rows/s, median (min–max) | ratio | streaming, s | whole process, s | CPU s: client | walsender | broker | peak RSS, MB | in the sink |"
         )?;
-        writeln!(out, "|---|--:|--:|--:|--:|--:|--:|--:|---|")?;
+        writeln!(out, "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|")?;
         workload.readers.iter().try_for_each(|reader| self.write_row(out, name, *reader))
     }
 
@@ -118,6 +118,10 @@ impl Figures {
         let (min, max) = self.of(workload, reader).map(rate).fold((f64::MAX, 0.0), |(a, b), x| (x.min(a), x.max(b)));
         let ratio = self.ratio(workload, reader).map_or("–".into(), |ratio| format!("{ratio:.2}"));
         write!(out, "| {reader} | {:.0}k ({min:.0}–{max:.0}) | {ratio} ", median(|r| r.rows_per_second / 1000.0))?;
+        match reader {
+            Reader::Baseline => write!(out, "| – ")?,
+            _ => write!(out, "| {:.2} ", median(|r| r.streaming.map_or(f64::NAN, |s| s.seconds)))?,
+        }
         write!(out, "| {:.2} ", median(|r| r.whole_seconds))?;
         write!(out, "| {:.2} | {:.2} ", median(|r| r.cpu.client), median(|r| r.cpu.walsender))?;
         let broker = median(|r| r.cpu.broker);

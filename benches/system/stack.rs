@@ -3,9 +3,11 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use falaj::config::Config;
+use falaj::lsn::Lsn;
 use falaj::source::conn::Conninfo;
 use serde::Serialize;
 use tokio_postgres::Client;
@@ -17,7 +19,7 @@ pub struct Stack {
     /// Addresses, from the environment that `dev/stack env` prints.
     pub config: Config,
     /// A session as superuser.
-    pub sql: Client,
+    pub sql: Arc<Client>,
     /// Processes.
     pub servers: Servers,
     /// Where the runs keep their files.
@@ -56,19 +58,25 @@ impl Stack {
         let dir = PathBuf::from(dir);
         let config = Config::load(None, std::env::vars())?;
         let sql = Conninfo::parse(&config.postgres.url)?.sql("falaj bench").await?;
+        sql.batch_execute("SET search_path = public").await?;
         let pid = |server: &str| -> Result<u32> {
             let file = dir.join("run").join(format!("{server}.pid"));
             let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
             Ok(text.trim().parse()?)
         };
         let servers = Servers { postgres: pid("postgres")?, kafka: pid("kafka")? };
-        Ok(Self { config, sql, servers, dir: dir.join("runs") })
+        Ok(Self { config, sql: Arc::new(sql), servers, dir: dir.join("runs") })
     }
 
     /// One text of one row.
     pub async fn ask(&self, sql: &str) -> Result<String> {
         let row = self.sql.query_one(sql, &[]).await.with_context(|| sql.to_owned())?;
         row.try_get::<_, Option<String>>(0)?.with_context(|| format!("{sql}: NULL"))
+    }
+
+    /// One LSN.
+    pub async fn lsn(&self, sql: &str) -> Result<Lsn> {
+        self.ask(sql).await?.parse().map_err(anyhow::Error::msg)
     }
 
     /// Statements without an answer.
