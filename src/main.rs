@@ -94,7 +94,6 @@ async fn dispatch(world: &World, verb: Verb, metrics: PrometheusHandle) -> Resul
         Verb::Status(args) => falaj::status::run(world, &args).await,
         Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
         Verb::Healthcheck => falaj::http::healthcheck(&world.config).await,
-        other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }
 
