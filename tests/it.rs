@@ -1,7 +1,9 @@
 //! Tests against real servers; their addresses come from the environment that `dev/stack env` prints.
 
 mod compose;
+mod e2e;
 mod external;
 mod generate;
 mod mock_external;
+mod rig;
 mod setup;
