@@ -5,5 +5,7 @@ mod e2e;
 mod external;
 mod generate;
 mod mock_external;
+mod produce;
+mod refuse;
 mod rig;
 mod setup;

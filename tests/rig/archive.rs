@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Date32Type, Decimal128Type, Float64Type, Int32Type, Int64Type, TimestampMicrosecondType};
@@ -36,24 +36,34 @@ pub fn batches(dir: &Path) -> Vec<String> {
 }
 
 /// The rows of a table, each as the JSON event that it stands for.
-pub fn events(dir: &Path, table: &str) -> Vec<String> {
-    let mut events = Vec::new();
-    for batch in batches(dir) {
-        let part = |part: usize| {
-            dir.join(&batch).join(match part {
-                0 => format!("{table}.parquet"),
-                n => format!("{table}.{n}.parquet"),
-            })
-        };
-        for path in (0..).map(part).take_while(|path| path.exists()) {
-            let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(path).unwrap()).unwrap().build().unwrap();
-            for rows in reader {
-                let rows = rows.unwrap();
-                events.extend((0..rows.num_rows()).map(|row| event(&rows, row)));
-            }
-        }
+pub fn events(dir: &Path, name: &str) -> Vec<String> {
+    table(dir, name)
+        .iter()
+        .flat_map(|rows| (0..rows.num_rows()).map(|row| event(rows, row)).collect::<Vec<_>>())
+        .collect()
+}
+
+/// The rows of a table as they are stored.
+pub fn table(dir: &Path, table: &str) -> Vec<RecordBatch> {
+    let mut all = Vec::new();
+    for path in files_of(dir, table) {
+        let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(path).unwrap()).unwrap().build().unwrap();
+        all.extend(reader.map(Result::unwrap));
     }
-    events
+    all
+}
+
+/// The files of a table, in the order of their batches and parts.
+fn files_of(dir: &Path, table: &str) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for batch in batches(dir) {
+        let part = |part: usize| match part {
+            0 => dir.join(&batch).join(format!("{table}.parquet")),
+            n => dir.join(&batch).join(format!("{table}.{n}.parquet")),
+        };
+        all.extend((0..).map(part).take_while(|path| path.exists()));
+    }
+    all
 }
 
 fn event(rows: &RecordBatch, row: usize) -> String {

@@ -111,6 +111,31 @@ impl Pipeline {
         self.config = Config::load(None, self.env.clone()).unwrap();
     }
 
+    /// Another pipeline on the same database, with a slot that begins at the same place while nothing is written.
+    pub async fn sibling(&self, suffix: &str, publication: &str) -> Self {
+        let name = format!("{}_{suffix}", self.name);
+        let dir = tempfile::Builder::new().prefix(&name).tempdir().unwrap();
+        let mut env = self.env.clone();
+        for (key, value) in [("FALAJ_PIPELINE", &*name), ("FALAJ_POSTGRES__SLOT", &name)] {
+            env.insert(key.into(), value.into());
+        }
+        env.insert("FALAJ_POSTGRES__PUBLICATION".into(), publication.into());
+        for (key, part) in [("FALAJ_STATE__DIR", "state"), ("FALAJ_ARCHIVE__DIR", "archive")] {
+            env.insert(key.into(), dir.path().join(part).display().to_string());
+        }
+        let config = Config::load(None, env.clone()).unwrap();
+        let sql = connect(&config.postgres.url).await;
+        let sibling = Self { name, config, sql, env, servers: self.servers.clone(), dir };
+        sibling.init().await;
+        sibling
+    }
+
+    /// The same after the server has been restarted.
+    pub async fn reconnect(mut self) -> Self {
+        self.sql = connect(&self.config.postgres.url).await;
+        self
+    }
+
     /// Starts the binary under test.
     pub fn start(&self, args: &[&str]) -> Falaj {
         Falaj::start(args, &self.env, self.dir.path())
