@@ -44,6 +44,9 @@ pub enum Verb {
     Status(Json),
     /// The simulated outside system: an idempotent receiver with switchable faults
     MockExternal(MockExternal),
+    /// Read the slot up to an LSN, encode every event, keep none, acknowledge nothing
+    #[command(hide = true)]
+    Measure(Measure),
     /// Exit 0 when the local process answers /livez; for containers
     Healthcheck,
 }
@@ -93,6 +96,14 @@ pub struct Produce {
     /// Stop when exactly the transactions with end_lsn ≤ LSN are durable
     #[arg(long, value_name = "LSN")]
     pub until_lsn: Option<Lsn>,
+}
+
+/// Flags of `measure`.
+#[derive(Debug, Args)]
+pub struct Measure {
+    /// Where to stop
+    #[arg(long, value_name = "LSN")]
+    pub until_lsn: Lsn,
 }
 
 /// Flags of `consume`.

@@ -1,7 +1,9 @@
 //! Seeded, realistic engagement load: contents, sessions, late and repeated events, rolled-back transactions.
 //!
-//! `model` says what is written, as a function of the seed, the pace and the contents that are there; `writer` writes it.
-//! Every time in the model counts from the start of the load, so that two runs differ in `event_ts` and `publish_ts` by one
+//! `model` says what is written, as a function of the seed, the pace and the contents that are there; `writer` writes
+//! it.
+//! Every time in the model counts from the start of the load, so that two runs differ in `event_ts` and `publish_ts`
+//! by one
 //! constant, and in ids of the sequence; in nothing else.
 
 use std::io::{IsTerminal, Write as _};
@@ -42,11 +44,13 @@ const MOST_ROWS: u64 = 8000;
 
 /// Writes the load until `--count` rows are committed or a shutdown comes, and prints a summary line.
 ///
-/// Without `--rate` it goes as fast as Postgres takes it, with transactions that lean to the large side (thousands of rows, by
+/// Without `--rate` it goes as fast as Postgres takes it, with transactions that lean to the large side (thousands of
+/// rows, by
 /// COPY), and the settings of durability are the server's own: nothing is switched off for speed.
 ///
 /// # Errors
-/// [`Error::Usage`] for a rate of 0; [`Error::Unreachable`] when Postgres is away at the start; [`Error::Refused`] without tables
+/// [`Error::Usage`] for a rate of 0; [`Error::Unreachable`] when Postgres is away at the start; [`Error::Refused`]
+/// without tables
 /// or rights. An outage later is waited for, and no row is lost or doubled by it.
 pub async fn run(world: &World, args: &cli::Generate) -> Result<()> {
     if args.rate == Some(0) {
@@ -122,7 +126,8 @@ impl Load {
         self.count.map_or(u64::MAX, |count| count - self.planned)
     }
 
-    /// When a transaction is to be written: when its last row is due. Counted from the beginning, so that no delay adds up.
+    /// When a transaction is to be written: when its last row is due. Counted from the beginning, so that no delay
+    /// adds up.
     fn due(&self, transaction: &Transaction) -> Option<Instant> {
         let rows = self.planned + transaction.committed;
         self.rate.map(|rate| self.began + Duration::from_secs_f64(rows as f64 / rate as f64))
@@ -143,7 +148,8 @@ impl Load {
         self.report.progress(self.committed, self.count, self.began.elapsed());
     }
 
-    /// Live events must stay near the present: after an outage, at a rate that Postgres cannot take, and in an endless load at full speed.
+    /// Live events must stay near the present: after an outage, at a rate that Postgres cannot take, and in an endless
+    /// load at full speed.
     fn set_clock(&mut self, model: i64, now: i64) {
         let live = self.rate.is_some() || self.count.is_none();
         let skew = now - (self.start + model);
@@ -166,7 +172,8 @@ impl Load {
     }
 }
 
-/// Connections. One keeps the order of rows and of their ids the same in every run; a large load at full speed is written by two,
+/// Connections. One keeps the order of rows and of their ids the same in every run; a large load at full speed is
+/// written by two,
 /// so that its transactions interleave.
 fn lanes(args: &cli::Generate) -> usize {
     let large = args.count.is_none_or(|count| count >= 200_000);

@@ -51,10 +51,13 @@ async fn run(cli: Cli) -> Result<()> {
 async fn dispatch(world: &World, verb: Verb) -> Result<()> {
     match verb {
         Verb::Init(args) => falaj::init::run(world, &args).await,
-        Verb::Produce(args) => falaj::produce::run(world, &args).await,
-        Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
-        Verb::Consume(args) => falaj::consume::external::run(world, &args).await,
         Verb::Generate(args) => falaj::generate::run(world, &args).await,
+        Verb::Produce(args) => falaj::produce::run(world, &args).await,
+        Verb::Measure(args) => falaj::produce::measure(world, args.until_lsn).await,
+        Verb::Consume(args) => falaj::consume::run(world, &args).await,
+        Verb::Board(args) => falaj::consume::board(world, &args).await,
+        Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
+        Verb::Upload(args) => falaj::upload::run(world, &args).await,
         other => Err(Error::Usage(format!("{other:?} is not there yet"))),
     }
 }

@@ -3,20 +3,24 @@
 //! Every failure that can pass ends the session: open transactions are rolled back, and the next session starts from the
 //! positions that the sinks have stored. There is no other way to recover, so this one is well trodden.
 
+mod held;
 mod lag;
 mod session;
 mod until;
 mod walk;
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::time::{Duration, MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use crate::cli;
-use crate::config::SinkName;
+use crate::config::{Config, SinkName};
 use crate::error::{Error, Result};
-use crate::lsn::Lsn;
+use crate::lsn::{Lsn, SlotIdentity};
+use crate::sink::Stored;
+use crate::source::slot::WireForm;
 use crate::world::{START_PATIENCE, World, backoff};
 use session::Session;
 use until::Until;
@@ -30,8 +34,8 @@ const IDLE: Duration = Duration::from_secs(10);
 enum End {
     /// All that was asked for is durable and acknowledged.
     Done,
-    /// The stream has to be read again, with what this session has learnt.
-    Again,
+    /// The stream has to be read again, with what this session has learnt about its values.
+    Again(Option<WireForm>),
 }
 
 /// Runs the role until shutdown, or until `--until-lsn` is reached.
@@ -42,9 +46,9 @@ enum End {
 pub async fn run(world: &World, args: &cli::Produce) -> Result<()> {
     let chosen = choose(&world.config.produce.sinks, args.sinks.as_deref())?;
     let mut until = args.until_lsn.map(Until::new);
-    let (started, mut delays, mut has_run) = (Instant::now(), backoff(), false);
+    let (started, mut delays, mut has_run, mut form) = (Instant::now(), backoff(), false, None);
     while !world.stop.is_cancelled() {
-        let outcome = match Session::open(world, &chosen).await {
+        let outcome = match Session::open(world, &chosen, form).await {
             Ok(None) => return Ok(()),
             Ok(Some(session)) => {
                 (has_run, delays) = (true, backoff());
@@ -55,7 +59,10 @@ pub async fn run(world: &World, args: &cli::Produce) -> Result<()> {
         };
         let error = match outcome {
             Ok(End::Done) => return Ok(()),
-            Ok(End::Again) => continue,
+            Ok(End::Again(learnt)) => {
+                form = learnt.or(form);
+                continue;
+            }
             Err(error) => error,
         };
         world.health.failing("replication", &error);
@@ -79,6 +86,38 @@ fn choose(configured: &[SinkName], flag: Option<&[SinkName]>) -> Result<Vec<Sink
             "--sinks names {sink:?}, which is not configured: only the sinks of produce.sinks hold the acknowledgement back; add it there"
         ))),
     }
+}
+
+/// Positions of the configured sinks, read without taking them over.
+///
+/// # Errors
+/// As the sinks' own: unreachable, or the position of another stream.
+pub async fn positions(config: &Arc<Config>, identity: &SlotIdentity) -> Result<Vec<(&'static str, Option<Stored>)>> {
+    let mut found = Vec::new();
+    for name in &config.produce.sinks {
+        found.push(held::peek(*name, config, identity).await?);
+    }
+    Ok(found)
+}
+
+/// Decodes, enriches and encodes everything up to `lsn`, keeps nothing and acknowledges nothing. For measurements.
+/// Prints rows and seconds as one line of JSON.
+///
+/// # Errors
+/// As [`run`].
+pub async fn measure(world: &World, lsn: Lsn) -> Result<()> {
+    let Some(mut session) = Session::discarding(world).await? else { return Ok(()) };
+    let (mut until, started) = (Until::new(lsn), Instant::now());
+    loop {
+        let chunk = session.stream.next().await?;
+        if session.walk(&chunk, Some(&mut until)).await?.is_some() {
+            break;
+        }
+    }
+    let (rows, seconds) = (session.walk.events(), started.elapsed().as_secs_f64());
+    println!("{}", serde_json::json!({ "rows": rows, "seconds": seconds, "rows_per_second": rows as f64 / seconds }));
+    session.close().await;
+    Ok(())
 }
 
 async fn run_session(world: &World, mut session: Session, mut until: Option<&mut Until>) -> Result<End> {
@@ -111,7 +150,8 @@ async fn run_session(world: &World, mut session: Session, mut until: Option<&mut
                 match walked {
                     Ok(None) => {}
                     Ok(Some(until::Reached::End(at))) => break finish(&mut session, at).await,
-                    Ok(Some(until::Reached::ReadAgain)) => break Ok(End::Again),
+                    Ok(Some(until::Reached::ReadAgain)) => break Ok(End::Again(None)),
+                    Ok(Some(until::Reached::ReadInText)) => break Ok(End::Again(Some(WireForm::Text))),
                     Err(error) => break Err(error),
                 }
             }
@@ -132,6 +172,6 @@ async fn drain(session: &mut Session) -> Result<()> {
 async fn finish(session: &mut Session, at: Lsn) -> Result<End> {
     session.walk.reach(at);
     drain(session).await?;
-    info!(lsn = %at, "reached");
+    info!(lsn = %at, rows = session.walk.events(), seconds = session.walk.seconds(), "reached");
     Ok(End::Done)
 }

@@ -1,5 +1,6 @@
 //! Tests against real servers; their addresses come from the environment that `dev/stack env` prints.
 
+mod board;
 mod compose;
 mod e2e;
 mod external;
@@ -9,3 +10,4 @@ mod produce;
 mod refuse;
 mod rig;
 mod setup;
+mod upload;

@@ -1,3 +1,51 @@
 //! Kafka → Redis board, Kafka → outside HTTP system.
+//!
+//! Each outlet reads Kafka by itself, in a consumer group of its own: a slow one never delays the other.
 
-pub mod external;
+pub mod batch; //      what a run of records adds to the board
+pub mod board; //      the board as it is read and shown
+pub mod event; //      what the board reads of a record
+pub mod external; //   Kafka → outside HTTP system
+pub mod input; //      the board's side of Kafka
+pub mod latency; //    commit → applied
+pub mod reader; //     Kafka → batches → Redis: the loop
+pub mod redis; //      the board's side of Redis
+mod topic_id; //       whether a topic is still the same one
+
+use futures_util::future::join_all;
+
+pub use board::{board, read_board};
+
+use crate::cli::{Consume, Outlet};
+use crate::error::Result;
+use crate::world::World;
+
+/// Feeds the chosen outlets (all without `--sinks`) until the shutdown or, with `--until-end`, until each has
+/// applied what was readable at its start.
+///
+/// # Errors
+/// The first error of an outlet; the others are drained before it is returned.
+pub async fn run(world: &World, args: &Consume) -> Result<()> {
+    let mut outlets = args.sinks.clone().unwrap_or_else(|| vec![Outlet::Redis, Outlet::External]);
+    outlets.sort_by_key(|outlet| *outlet as u8);
+    outlets.dedup();
+    let world = World { stop: world.stop.child_token(), ..world.clone() };
+    let ended = join_all(outlets.into_iter().map(|outlet| {
+        let world = &world;
+        async move {
+            let ended = feed(world, args, outlet).await;
+            if ended.is_err() {
+                world.stop.cancel();
+            }
+            ended
+        }
+    }));
+    ended.await.into_iter().collect()
+}
+
+async fn feed(world: &World, args: &Consume, outlet: Outlet) -> Result<()> {
+    match outlet {
+        Outlet::Redis => reader::run(world, args).await,
+        Outlet::External => external::run(world, args).await,
+    }
+}

@@ -14,9 +14,12 @@ use crate::event::{Cells, Layout, OutColumn};
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
 use crate::pgoutput::{Cell, Tuple};
 use crate::schema::{Relation, Type};
-use crate::value::{Converted, write_text};
+use crate::value::{BadValue, Converted, write_text};
 use derive::Derivation;
-use state::{ChangeLog, ColumnType, Entry, LookupChange, LookupTable};
+use state::{BaseHeader, BaseWriter, ChangeLog, ColumnType, Entry, LookupChange, LookupTable};
+
+/// A log beyond this size is folded into a new base at the next start.
+const COMPACT_AT: u64 = 4 << 20;
 
 /// What the enricher adds to the events of one layout.
 #[derive(Debug, Default)]
@@ -64,9 +67,12 @@ pub struct Enricher {
     pub misses: u64,
 }
 
+/// Texts of the joined columns.
+type Row = Box<[Option<Box<str>>]>;
+
 struct Cache {
     table: LookupTable,
-    rows: HashMap<Box<[u8]>, Box<[Option<Box<str>>]>>,
+    rows: HashMap<Box<str>, Row>,
 }
 
 impl Cache {
@@ -74,9 +80,9 @@ impl Cache {
         match change {
             LookupChange::Put((key, values)) => {
                 let values = values.into_iter().map(|v| v.map(String::into_boxed_str)).collect();
-                self.rows.insert(key.into_bytes().into(), values);
+                self.rows.insert(key.into(), values);
             }
-            LookupChange::Delete(key) => drop(self.rows.remove(key.as_bytes())),
+            LookupChange::Delete(key) => drop(self.rows.remove(key.as_str())),
             LookupChange::Truncate(_) => self.rows.clear(),
             LookupChange::Relation(table) => self.table = table,
         }
@@ -113,7 +119,23 @@ impl Enricher {
                 return Err(refused(dir, format!("no column \"{column}\" of lookup table \"{table}\"")));
             }
         }
-        Ok(Self { caches, log, base: header.lsn, origin: header.origin, hits: 0, misses: 0 })
+        let loaded = Self { caches, log, base: header.lsn, origin: header.origin, hits: 0, misses: 0 };
+        if loaded.log.bytes()? > COMPACT_AT { loaded.compact(dir, header, upto.resume) } else { Ok(loaded) }
+    }
+
+    /// Writes the rows as of `lsn` as the new base, so that the log does not grow with the years.
+    fn compact(mut self, dir: &Path, header: BaseHeader, lsn: Lsn) -> Result<Self> {
+        let tables = self.caches.iter().map(|c| c.table.clone()).collect();
+        let mut base = BaseWriter::create(dir, &BaseHeader { lsn, tables, ..header })?;
+        for (index, cache) in self.caches.iter().enumerate() {
+            for (key, row) in &cache.rows {
+                let values: Vec<_> = row.iter().map(Option::as_deref).collect();
+                base.row(index, key, &values)?;
+            }
+        }
+        base.finish()?;
+        (self.log, self.base) = (ChangeLog::empty(dir)?, lsn);
+        Ok(self)
     }
 
     /// Where the slot stood when the state was made: a sink without a position may start only from here.
@@ -189,7 +211,9 @@ impl Enricher {
         if let Some(join) = &layout.plan.join {
             scratch.clear();
             let found = if write_text(layout.columns[join.on].ty, cells[join.on], scratch)? {
-                self.caches[join.table].rows.get(scratch.as_slice())
+                let key = std::str::from_utf8(scratch)
+                    .map_err(|e| BadValue { ty: layout.columns[join.on].ty, found: e.to_string() })?;
+                self.caches[join.table].rows.get(key)
             } else {
                 None
             };
@@ -312,7 +336,7 @@ impl Enricher {
         old_key: Option<&str>,
     ) -> Result<Vec<Option<String>>> {
         let cache = &self.caches[table];
-        let cached = old_key.and_then(|key| cache.rows.get(key.as_bytes()));
+        let cached = old_key.and_then(|key| cache.rows.get(key));
         let column = |(i, wanted): (usize, &ColumnType)| match text_of(relation, &wanted.name, new)? {
             Some(value) => Ok(value),
             None => Ok(cached.and_then(|row| row[i].as_deref()).map(str::to_owned)),
@@ -335,7 +359,7 @@ fn text_of(relation: &Relation, name: &str, tuple: Tuple<'_>) -> Result<Option<O
     Ok(Some(there.then_some(text)))
 }
 
-fn empty_caches(header: &state::BaseHeader) -> Vec<Cache> {
+fn empty_caches(header: &BaseHeader) -> Vec<Cache> {
     header.tables.iter().map(|table| Cache { table: table.clone(), rows: HashMap::new() }).collect()
 }
 
@@ -414,7 +438,7 @@ mod tests {
             let column = |name: &str, type_oid| ColumnType { name: name.into(), type_oid, type_mod: -1 };
             let columns = vec![column("title", 25), column("content_type", 25), column("length_seconds", 23)];
             let tables = vec![LookupTable { table: "content".into(), key: column("id", 25), columns }];
-            let header = state::BaseHeader {
+            let header = BaseHeader {
                 version: 1,
                 identity: identity.clone(),
                 lsn: Lsn(100),
@@ -422,7 +446,7 @@ mod tests {
                 adopted: false,
                 tables,
             };
-            let mut base = state::BaseWriter::create(dir, &header)?;
+            let mut base = BaseWriter::create(dir, &header)?;
             base.row(0, "a", &[Some("Alif"), Some("podcast"), Some("60")])?;
             base.finish()?;
         }
@@ -485,6 +509,26 @@ mod tests {
             joined(&mut enricher(dir.path(), 300).unwrap(), Some("a"))[..1],
             texts([Some("Alif"), None, None, None, None])[..1]
         );
+    }
+
+    #[test]
+    fn a_long_log_becomes_a_new_base_without_a_row_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut e = enricher(dir.path(), 100).unwrap();
+        let long = "x".repeat(1 << 20);
+        for (at, key) in [(200, "b"), (300, "c"), (400, "d"), (500, "e"), (600, "f")] {
+            let bytes = row(&[Some(key), Some("s"), Some(&long), None, Some("30")]);
+            e.fold(0, &content(), &change(at, RowChange::Insert(tuple(&bytes)))).unwrap();
+        }
+        e.sync().unwrap();
+        let size = |file: &str| std::fs::metadata(dir.path().join(file)).unwrap().len();
+        assert!(size("changes.jsonl") > COMPACT_AT);
+        assert_eq!(enricher(dir.path(), 1000).unwrap().rows(), 6);
+        assert_eq!(size("changes.jsonl"), 0);
+        let mut again = enricher(dir.path(), 1000).unwrap();
+        assert_eq!(again.rows(), 6);
+        assert_eq!(joined(&mut again, Some("a"))[0].as_deref(), Some("Alif"));
+        assert_eq!(state::header(dir.path()).unwrap().map(|h| (h.lsn, h.origin)), Some((Lsn(1000), Lsn(100))));
     }
 
     #[test]

@@ -145,6 +145,14 @@ pub fn header(dir: &Path) -> Result<Option<BaseHeader>> {
     }
 }
 
+/// Like [`header`], where a state is needed.
+///
+/// # Errors
+/// [`Error::Refused`] when there is none.
+pub fn require_header(dir: &Path) -> Result<BaseHeader> {
+    header(dir)?.ok_or_else(|| missing(dir, "no base.jsonl"))
+}
+
 /// Reads the state as of `upto`: hands every base row and every logged change below `upto.resume` to `apply`, in order,
 /// forgets the later ones, which the stream will bring again, and returns the header and the open log.
 ///
@@ -208,6 +216,22 @@ impl ChangeLog {
         let mut file = file;
         at(dir, file.set_len(kept).and_then(|()| file.seek(std::io::SeekFrom::End(0))))?;
         Ok(Self { dir: dir.to_owned(), out: BufWriter::new(file), dirty: false })
+    }
+
+    /// Size of the log, in bytes.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] with the path when the disk refuses.
+    pub fn bytes(&self) -> Result<u64> {
+        at(&self.dir, self.out.get_ref().metadata().map(|m| m.len()))
+    }
+
+    /// Opens the log of a base that was just written.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] with the path when the disk refuses.
+    pub fn empty(dir: &Path) -> Result<Self> {
+        Self::open(dir, |_| Ok(false))
     }
 
     /// Adds an entry; durable only after [`ChangeLog::sync`].

@@ -39,7 +39,8 @@ impl Lanes {
 
     /// Hands a transaction to a free writer, and returns those that have ended meanwhile.
     ///
-    /// A transaction that writes `content` runs alone: later rows refer to its contents, and the last change must be the last one
+    /// A transaction that writes `content` runs alone: later rows refer to its contents, and the last change must be
+    /// the last one
     /// in every run.
     ///
     /// # Errors

@@ -1,7 +1,9 @@
 //! Who acts next: users in sessions, with log-normal gaps within a session and at least half an hour between two.
 //!
-//! Row `k` of the load happens at `k / rate`. If a running session is due by then, it is its turn; otherwise a session begins.
-//! So rows keep the pace exactly, and the number of running sessions settles by itself where their gaps make up that pace.
+//! Row `k` of the load happens at `k / rate`. If a running session is due by then, it is its turn; otherwise a session
+//! begins.
+//! So rows keep the pace exactly, and the number of running sessions settles by itself where their gaps make up that
+//! pace.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -154,7 +156,7 @@ mod tests {
         let catalog = Catalog::new(Vec::new(), &mut rng);
         let mut sessions = Sessions::new(rate, &catalog, &mut rng);
         let (mut last, mut gaps, mut returns) = (HashMap::new(), Vec::new(), 0);
-        for k in 0..400_000_i64 {
+        for k in 0..250_000_i64 {
             let now = k * 20_000;
             let session = sessions.next(now, &catalog, &mut rng);
             if let Some(before) = last.insert(session.user, now)

@@ -3,13 +3,14 @@
 use bytes::Bytes;
 use futures_util::SinkExt;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+use tokio_postgres::{Client, SimpleQueryMessage};
 use tracing::warn;
 
 use super::catalog::{Content, Kind, Subject};
 use super::model::{End, Op, Transaction};
 use super::text;
 use crate::error::{Error, Result};
+use crate::source::conn::{self, Conninfo};
 use crate::world::World;
 
 /// COPY data is handed to the socket in pieces of about this size, so that the server parses while we write.
@@ -20,6 +21,7 @@ const MOST_CONTENTS: i64 = 10_000;
 /// A connection, and the transaction that is under way on it.
 pub struct Writer {
     world: World,
+    conninfo: Conninfo,
     client: Client,
     /// Set from the first statement of a transaction to its known end.
     open: Option<TransactionId>,
@@ -42,8 +44,9 @@ impl Writer {
     /// # Errors
     /// [`Error::Unreachable`] after 30 s; [`Error::Refused`] without tables or rights.
     pub async fn open(world: &World) -> Result<Self> {
-        let client = world.at_start("postgres", || connect(world)).await?;
-        let writer = Self { world: world.clone(), client, open: None };
+        let conninfo = Conninfo::parse(&world.config.postgres.url)?;
+        let client = world.at_start("postgres", || connect(&conninfo)).await?;
+        let writer = Self { world: world.clone(), conninfo, client, open: None };
         writer.tables_exist().await?;
         Ok(writer)
     }
@@ -91,7 +94,8 @@ impl Writer {
 
     /// Writes one transaction. `start` is the load's start in microseconds since 1970.
     ///
-    /// Where the connection breaks, Postgres is asked after the next connect what became of the transaction; it is written again
+    /// Where the connection breaks, Postgres is asked after the next connect what became of the transaction; it is
+    /// written again
     /// only if it was not committed. So no row is lost and none is there twice.
     ///
     /// # Errors
@@ -178,10 +182,11 @@ impl Writer {
 
     /// Connects again, for as long as it takes, and finds out what became of the open transaction.
     async fn reconnect(&mut self) -> Result<Fate> {
-        let (world, open) = (&self.world, self.open.take());
-        let (client, fate) = world
+        let (conninfo, open) = (&self.conninfo, self.open.take());
+        let (client, fate) = self
+            .world
             .for_ever("postgres", || async {
-                let client = connect(world).await?;
+                let client = connect(conninfo).await?;
                 let fate = match &open {
                     Some(xid) => fate(&client, xid).await?,
                     None => Fate::RolledBack,
@@ -212,45 +217,25 @@ async fn fate(client: &Client, xid: &TransactionId) -> Result<Fate> {
     }
 }
 
-async fn connect(world: &World) -> Result<Client> {
-    let config: tokio_postgres::Config = world.config.postgres.url.parse().map_err(|e| {
-        Error::refused("postgres_url", format!("{e}"), "a URI or key=value string", "mend postgres.url")
-    })?;
-    let (client, connection) = config.connect(NoTls).await.map_err(|e| sorted(&e))?;
-    tokio::spawn(async move {
-        // Whatever ends the connection is seen by the next statement on it.
-        if let Err(error) = connection.await {
-            tracing::debug!(%error, "connection ended");
-        }
-    });
-    let session = "SET application_name = 'falaj generate'; SET search_path = ''; SET standard_conforming_strings = on";
-    client.batch_execute(session).await.map_err(|e| sorted(&e))?;
+async fn connect(conninfo: &Conninfo) -> Result<Client> {
+    let client = conninfo.sql("falaj generate").await?;
+    client.batch_execute("SET standard_conforming_strings = on").await.map_err(|e| sorted(&e))?;
     Ok(client)
 }
 
-/// Sorts an error of the client: no for an answer, or away for now. A deadlock or serialization failure can be tried again too.
+/// Sorts an error: what a writer may meet beside a reader. A deadlock or serialization failure can be tried again.
 fn sorted(error: &tokio_postgres::Error) -> Error {
-    let Some(answer) = error.as_db_error() else { return Error::unreachable("Postgres", error) };
-    let text = format!("{}: {}", answer.code().code(), answer.message());
-    match &answer.code().code()[..2] {
-        "08" | "40" | "53" | "57" => Error::unreachable("Postgres", text),
-        "28" | "3D" => Error::refused(
-            "postgres_login",
+    let Some(answer) = error.as_db_error() else { return conn::sql_error("writing the load", error) };
+    let text = format!("{} (SQLSTATE {})", answer.message(), answer.code().code());
+    match answer.code().code() {
+        code if code.starts_with("40") => Error::unreachable("Postgres", text),
+        "42501" => Error::refused("rights", text, "the rights of falaj_load", "grant them as sql/03_roles.sql does"),
+        "42P01" | "42703" => Error::refused(
+            "tables",
             text,
-            "a role, password and database that Postgres accepts",
-            "mend postgres.url",
+            "the tables of sql/01_tables.sql",
+            "drop or mend the tables, then: falaj init --with-tables",
         ),
-        _ => match answer.code() {
-            code if *code == SqlState::INSUFFICIENT_PRIVILEGE => {
-                Error::refused("rights", text, "the rights of falaj_load", "grant them as sql/03_roles.sql does")
-            }
-            code if *code == SqlState::UNDEFINED_COLUMN || *code == SqlState::UNDEFINED_TABLE => Error::refused(
-                "tables",
-                text,
-                "the tables of sql/01_tables.sql",
-                "drop or mend the tables, then: falaj init --with-tables",
-            ),
-            _ => Error::fatal("writing into Postgres", text),
-        },
+        _ => conn::sql_error("writing the load", error),
     }
 }

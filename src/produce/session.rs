@@ -3,28 +3,19 @@
 //! Order of the start: connect → take the slot → fence every sink and read its position → refuse what does not fit →
 //! build the lookup rows as of the lowest position → walk. Nothing is written before all of it has held.
 
-use std::time::{Duration, Instant};
-
 use futures_util::future::select_all;
-use tokio_postgres::Client;
-use tracing::{info, warn};
 
+use super::held::Held;
 use super::until::{Reached, Until};
 use super::walk::Walk;
-use crate::config::{Config, SinkName};
-use crate::enrich::Enricher;
-use crate::error::{Error, Result};
-use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
-use crate::sink::{self, Durable, Opened, Sink, Stored};
-use crate::source::conn::Conninfo;
-use crate::source::slot::{self, SlotState};
+use crate::config::SinkName;
+use crate::error::Result;
+use crate::lsn::Checkpoint;
+use crate::sink::discard::Discard;
+use crate::sink::{Durable, Sink, Stored};
+use crate::source::slot::WireForm;
 use crate::source::stream::{Chunk, Stream};
-use crate::source::wire::{Wire, WireError, ident, literal};
 use crate::world::World;
-
-/// How often a slot in use is tried again.
-const STANDBY: Duration = Duration::from_secs(1);
-const APPLICATION: &str = "falaj produce";
 
 /// A running session.
 pub(super) struct Session {
@@ -34,60 +25,37 @@ pub(super) struct Session {
 }
 
 /// The sinks of this run, and the positions of the configured ones that it leaves out.
+#[derive(Default)]
 pub(super) struct Outlets {
     pub(super) sinks: Vec<Box<dyn Sink>>,
-    left_out: Vec<Stored>,
+    pub(super) left_out: Vec<Stored>,
 }
 
 impl Session {
-    /// Opens a session; `None` when a shutdown comes while another process holds the slot.
-    pub(super) async fn open(world: &World, chosen: &[SinkName]) -> Result<Option<Self>> {
-        let config = &world.config;
-        let conninfo = Conninfo::parse(&config.postgres.url)?;
-        let client = conninfo.sql(APPLICATION).await?;
-        let Some((stream, identity)) = take_slot(world, &conninfo, &client).await? else { return Ok(None) };
-        match Self::build(world, chosen, client, stream, identity).await {
-            Ok(session) => Ok(Some(session)),
+    /// Opens a session; `None` when a shutdown comes while another process holds the slot. `form` overrides the choice.
+    pub(super) async fn open(world: &World, chosen: &[SinkName], form: Option<WireForm>) -> Result<Option<Self>> {
+        let Some(held) = Held::take(world, form).await? else { return Ok(None) };
+        let opened = match held.open_outlets(world, chosen).await {
+            Ok((outlets, from)) => held.lookups(world, from).map(|enricher| (outlets, enricher, from)),
             Err(error) => Err(error),
+        };
+        match opened {
+            Ok((outlets, enricher, from)) => Ok(Some(held.start(world, outlets, enricher, from))),
+            Err(error) => {
+                // Let the slot go before the caller tries again: else it would meet itself there.
+                held.stream.finish().await;
+                Err(error)
+            }
         }
     }
 
-    async fn build(
-        world: &World,
-        chosen: &[SinkName],
-        client: Client,
-        stream: Stream,
-        identity: SlotIdentity,
-    ) -> Result<Self> {
-        let config = &world.config;
-        // Read anew: only now, with the slot in our hands, can nobody else move it.
-        let state = slot::read(&client, &config.postgres.slot).await?;
-        let confirmed = slot::require(&config.postgres.slot, state, &database(&client).await?)?.confirmed_flush_lsn;
-        let server = slot::server_lsn(&client).await?;
-        let origin = crate::enrich::state::header(&config.state.dir)?.map_or(Lsn(0), |h| h.origin);
-        let (mut sinks, mut left_out, mut lowest) = (Vec::new(), Vec::new(), None::<Checkpoint>);
-        for name in &config.produce.sinks {
-            let (label, position) = if chosen.contains(name) {
-                let Opened { sink, position } = open_sink(*name, world, &identity).await?;
-                let label = sink.name();
-                sinks.push(sink);
-                (label, position)
-            } else {
-                peek(*name, world, &identity).await?
-            };
-            let at = slot::require_position(label, position.map(Stored::checkpoint), confirmed, origin, server)?;
-            lowest = Some(lowest.map_or(at, |l| if l.covers(at) { at } else { l }));
-            if !chosen.contains(name) {
-                // Without a stored position it holds the acknowledgement where it is.
-                left_out.push(position.unwrap_or(Stored::NOTHING));
-            }
-        }
-        let lowest = lowest.unwrap_or(Checkpoint::whole(confirmed));
-        let start = Checkpoint::whole(lowest.resume);
-        let enricher = Enricher::load(&config.state.dir, start, &identity, &config.tables)?;
-        info!(%confirmed, from = %lowest.resume, lookup_rows = enricher.rows(), "streaming");
-        let walk = Walk::new(client, enricher, config.tables.clone(), start);
-        Ok(Self { stream, outlets: Outlets { sinks, left_out }, walk })
+    /// A session that encodes every event and keeps none: nothing is acknowledged. For measurements.
+    pub(super) async fn discarding(world: &World) -> Result<Option<Self>> {
+        let Some(held) = Held::take(world, None).await? else { return Ok(None) };
+        let from = held.confirmed(world).await?;
+        let enricher = held.lookups(world, from)?;
+        let outlets = Outlets { sinks: vec![Box::new(Discard::default())], left_out: Vec::new() };
+        Ok(Some(held.start(world, outlets, enricher, from)))
     }
 
     /// Walks a chunk, then lets the sinks hand over what is due.
@@ -163,81 +131,4 @@ impl Outlets {
         }
         Ok(())
     }
-}
-
-/// Takes the slot by starting to stream from it. While another process has it, waits as its standby and writes nothing.
-async fn take_slot(world: &World, conninfo: &Conninfo, client: &Client) -> Result<Option<(Stream, SlotIdentity)>> {
-    let (config, mut told) = (&world.config.postgres, None::<Instant>);
-    let binary = slot::can_be_binary(client, &config.publication).await?;
-    loop {
-        slot::require(&config.slot, slot::read(client, &config.slot).await?, &database(client).await?)?;
-        let mut wire = Wire::connect(conninfo, APPLICATION).await?;
-        let system = wire.identify_system().await.map_err(|e| e.into_error("IDENTIFY_SYSTEM"))?;
-        let identity =
-            SlotIdentity { system_id: system.system_id, timeline: system.timeline, slot: config.slot.clone() };
-        match wire.copy_both(&start_command(&config.slot, &config.publication, binary)).await {
-            Ok(connection) => {
-                world.health.ok("slot");
-                return Ok(Some((Stream::start(connection, world.config.produce.queue_bytes.0)?, identity)));
-            }
-            Err(WireError::Server(e)) if e.code == "55006" => {
-                world.health.failing("slot", &e.message);
-                if told.is_none_or(|t| t.elapsed() > Duration::from_secs(60)) {
-                    let holder = slot::read(client, &config.slot).await?.and_then(|s: SlotState| s.active_pid);
-                    warn!("slot in use by pid {}, waiting", holder.map_or("(just gone)".into(), |pid| pid.to_string()));
-                    told = Some(Instant::now());
-                }
-            }
-            Err(e) => return Err(e.into_error("START_REPLICATION")),
-        }
-        if world.pause(STANDBY).await.is_err() {
-            return Ok(None);
-        }
-    }
-}
-
-/// From 0/0 Postgres starts at confirmed_flush_lsn; what a sink has beyond that, the sink skips by its own position.
-fn start_command(slot: &str, publication: &str, binary: bool) -> String {
-    format!(
-        "START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {}, binary '{binary}')",
-        ident(slot),
-        literal(&ident(publication)),
-    )
-}
-
-async fn database(client: &Client) -> Result<String> {
-    let row = client.query_one("SELECT pg_catalog.current_database()::text", &[]).await;
-    row.map(|row| row.get(0)).map_err(|e| Error::unreachable("Postgres", e))
-}
-
-async fn open_sink(name: SinkName, world: &World, identity: &SlotIdentity) -> Result<Opened> {
-    match name {
-        SinkName::Kafka => sink::kafka::open(world.config.clone(), identity).await,
-        SinkName::Archive => sink::parquet::open(&world.config, identity),
-    }
-}
-
-async fn peek(name: SinkName, world: &World, identity: &SlotIdentity) -> Result<(&'static str, Option<Stored>)> {
-    Ok(match name {
-        SinkName::Kafka => ("kafka", sink::kafka::peek(world.config.clone(), identity).await?),
-        SinkName::Archive => ("archive", sink::parquet::peek(&world.config, identity)?),
-    })
-}
-
-/// Positions of the configured sinks, for `status`.
-///
-/// # Errors
-/// As the sinks' own.
-pub async fn positions(
-    config: &std::sync::Arc<Config>,
-    identity: &SlotIdentity,
-) -> Result<Vec<(&'static str, Option<Stored>)>> {
-    let mut found = Vec::new();
-    for name in &config.produce.sinks {
-        found.push(match name {
-            SinkName::Kafka => ("kafka", sink::kafka::peek(config.clone(), identity).await?),
-            SinkName::Archive => ("archive", sink::parquet::peek(config, identity)?),
-        });
-    }
-    Ok(found)
 }

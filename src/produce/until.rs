@@ -25,6 +25,8 @@ pub(super) enum Reached {
     End(Lsn),
     /// The transaction that was just walked lies beyond: give the session up and read again.
     ReadAgain,
+    /// A column came whose binary form is not known: read again in text.
+    ReadInText,
 }
 
 impl Until {

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio_postgres::Client;
 
@@ -16,13 +17,14 @@ use crate::lsn::{Checkpoint, Lsn, Position};
 use crate::pgoutput::{self, Cell, Old, Tuple};
 use crate::schema::Relation;
 use crate::sink::Sink;
-use crate::source::slot;
+use crate::source::slot::{self, WireForm};
 use crate::source::stream::{Chunk, Frame};
 
 /// Everything the walk knows between two messages.
 pub(super) struct Walk {
     pub(super) enricher: Enricher,
     client: Client,
+    form: WireForm,
     tables: Vec<config::Table>,
     assembler: Assembler,
     layouts: HashMap<u32, Known>,
@@ -36,6 +38,7 @@ pub(super) struct Walk {
     scratch: Vec<u8>,
     lag: Lag,
     events: u64,
+    started: Instant,
 }
 
 struct Known {
@@ -45,21 +48,39 @@ struct Known {
 }
 
 impl Walk {
-    pub(super) fn new(client: Client, enricher: Enricher, tables: Vec<config::Table>, start: Checkpoint) -> Self {
+    pub(super) fn new(
+        client: Client,
+        form: WireForm,
+        enricher: Enricher,
+        tables: Vec<config::Table>,
+        from: Lsn,
+    ) -> Self {
         Self {
             enricher,
             client,
+            form,
             tables,
             assembler: Assembler::default(),
             layouts: HashMap::new(),
             generations: 0,
-            resume: start.resume,
+            resume: from,
             last: None,
             wanted: false,
             scratch: Vec::new(),
             lag: Lag::default(),
             events: 0,
+            started: Instant::now(),
         }
+    }
+
+    /// Events walked so far.
+    pub(super) fn events(&self) -> u64 {
+        self.events
+    }
+
+    /// Seconds since the session began to stream.
+    pub(super) fn seconds(&self) -> f64 {
+        self.started.elapsed().as_secs_f64()
     }
 
     /// How far everything has been pushed to the sinks.
@@ -128,7 +149,12 @@ impl Walk {
         match self.assembler.push(message).map_err(|e| Error::fatal("decoding the replication stream", e))? {
             Step::Change(change) => self.change(&change, sinks)?,
             Step::Truncate(changes) => changes.iter().try_for_each(|change| self.change(change, sinks))?,
-            Step::Relation(relation) => self.relation(relation, sinks).await?,
+            Step::Relation(relation) => {
+                if self.form == WireForm::Binary && !relation.columns.iter().all(|c| c.ty().has_binary()) {
+                    return Ok(Some(Reached::ReadInText));
+                }
+                self.relation(relation, sinks).await?;
+            }
             Step::Begin => {
                 let commit_lsn = self.assembler.open().unwrap_or_default();
                 return Ok(until.and_then(|u| u.begin(commit_lsn, self.resume)));
@@ -150,8 +176,9 @@ impl Walk {
         until: Option<&mut Until>,
     ) -> Result<Option<Reached>> {
         if let Some(until) = until {
-            let begun = |s: &Box<dyn Sink>| s.stored().checkpoint().partial.is_some_and(|p| p.commit_lsn == commit_lsn);
-            let reached = until.commit(commit_lsn, end_lsn, sinks.iter().any(begun))?;
+            let mut halves = sinks.iter().filter_map(|s| s.stored().checkpoint().partial);
+            let begun = halves.any(|p| p.commit_lsn == commit_lsn);
+            let reached = until.commit(commit_lsn, end_lsn, begun)?;
             if reached.is_some() {
                 return Ok(reached);
             }

@@ -1,6 +1,7 @@
 //! Outlets of `produce`. Each keeps its own position, atomically with its data.
 
 pub mod columns;
+pub mod discard;
 pub mod kafka;
 pub mod parquet;
 mod worker;

@@ -141,11 +141,20 @@ pub async fn server_lsn(client: &Client) -> Result<Lsn> {
     parse_lsn(row.get(0))
 }
 
-/// Whether every published column has a type whose binary form is known. One other column, and the stream runs in text.
+/// How the server is asked to send values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WireForm {
+    /// Send functions: smaller, cheaper for both sides.
+    Binary,
+    /// Output functions: every type has one.
+    Text,
+}
+
+/// Binary where every published column has a type whose binary form is known; one other column, and the stream runs in text.
 ///
 /// # Errors
 /// [`Error::Refused`] when the publication does not exist; [`Error::Unreachable`] when the connection is lost.
-pub async fn can_be_binary(client: &Client, publication: &str) -> Result<bool> {
+pub async fn wire_form(client: &Client, publication: &str) -> Result<WireForm> {
     let exists = "SELECT 1 FROM pg_catalog.pg_publication WHERE pubname::text = $1";
     if client.query_opt(exists, &[&publication]).await.map_err(lost)?.is_none() {
         return Err(Error::refused(
@@ -161,7 +170,8 @@ pub async fn can_be_binary(client: &Client, publication: &str) -> Result<bool> {
                JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
                WHERE p.pubname::text = $1";
     let rows = client.query(sql, &[&publication]).await.map_err(lost)?;
-    Ok(rows.iter().all(|row| Type::from_oid(row.get(0), -1).has_binary()))
+    let known = rows.iter().all(|row| Type::from_oid(row.get(0), -1).has_binary());
+    Ok(if known { WireForm::Binary } else { WireForm::Text })
 }
 
 /// Indexes of a relation's primary key columns. Under the default identity the stream says it; else the catalogue does.

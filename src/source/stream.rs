@@ -10,7 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use pgwire_replication::protocol::messages::ErrorFields;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::runtime::Runtime;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
@@ -87,37 +88,47 @@ fn frame(payload: &[u8]) -> Option<Frame<'_>> {
 }
 
 impl Stream {
-    /// Starts the reading thread on a connection that has just answered CopyBothResponse.
+    /// Starts the reading thread, connects within it, and hands out what `connect` says beside the connection, which has
+    /// to stand right behind CopyBothResponse.
+    ///
+    /// The thread has a runtime of its own: a wake-up from another thread's event loop would cost more than a read.
     ///
     /// # Errors
-    /// [`Error::Fatal`] when the thread cannot be started.
-    pub fn start<S>(connection: S, queue_bytes: usize) -> Result<Self>
+    /// Those of `connect`; [`Error::Fatal`] when the thread cannot be started.
+    pub async fn open<S, T, E, F>(
+        queue_bytes: usize,
+        connect: impl FnOnce() -> F + Send + 'static,
+    ) -> Result<(Self, T), E>
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: AsyncRead + AsyncWrite + Unpin + 'static,
+        T: Send + 'static,
+        E: From<Error> + Send + 'static,
+        F: Future<Output = Result<(S, T), E>>,
     {
         let (sender, chunks) = mpsc::unbounded_channel();
         let (flush, acknowledged) = watch::channel(Lsn(0));
-        let finish = CancellationToken::new();
-        let reader = Reader {
-            connection,
-            buffer: BytesMut::with_capacity(GULP),
-            scanned: 0,
-            received: Lsn(0),
-            acknowledged,
-            reported: (Lsn(0), Instant::now()),
-            pace: Pace::default(),
-            queue: Arc::new(Semaphore::new(queue_bytes)),
-            limit: queue_bytes,
-            chunks: sender,
-            finish: finish.clone(),
+        let (finish, (answer, answered)) = (CancellationToken::new(), oneshot::channel());
+        let finished = finish.clone();
+        let work = move |runtime: Runtime| {
+            runtime.block_on(async move {
+                match connect().await {
+                    Ok((connection, said)) => {
+                        let reader = Reader::new(connection, queue_bytes, acknowledged, sender, finished);
+                        if answer.send(Ok(said)).is_ok() {
+                            reader.run().await;
+                        }
+                    }
+                    Err(error) => drop(answer.send(Err(error))),
+                }
+            });
         };
-        // tokio's connection is bound to the runtime that made it; the thread only drives it.
-        let runtime = tokio::runtime::Handle::current();
-        std::thread::Builder::new()
-            .name("reader".into())
-            .spawn(move || runtime.block_on(reader.run()))
-            .map_err(|e| Error::fatal("starting the reading thread", e))?;
-        Ok(Self { chunks, flush, finish })
+        let started = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .and_then(|runtime| std::thread::Builder::new().name("reader".into()).spawn(move || work(runtime)));
+        started.map_err(|e| Error::fatal("starting the reading thread", e))?;
+        let said = answered.await.map_err(|_| broken("the reading thread has ended"))??;
+        Ok((Self { chunks, flush, finish }, said))
     }
 
     /// The next chunk.
@@ -178,6 +189,28 @@ struct Reader<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Reader<S> {
+    fn new(
+        connection: S,
+        limit: usize,
+        acknowledged: watch::Receiver<Lsn>,
+        chunks: mpsc::UnboundedSender<Result<Chunk>>,
+        finish: CancellationToken,
+    ) -> Self {
+        Self {
+            connection,
+            buffer: BytesMut::with_capacity(GULP),
+            scanned: 0,
+            received: Lsn(0),
+            acknowledged,
+            reported: (Lsn(0), Instant::now()),
+            pace: Pace::default(),
+            queue: Arc::new(Semaphore::new(limit)),
+            limit,
+            chunks,
+            finish,
+        }
+    }
+
     async fn run(mut self) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -421,6 +454,10 @@ mod tests {
         message(b'd', &payload)
     }
 
+    async fn start(client: tokio::io::DuplexStream, queue: usize) -> Stream {
+        Stream::open(queue, move || async move { Ok::<_, Error>((client, ())) }).await.unwrap().0
+    }
+
     fn owned(chunk: &Chunk) -> Vec<String> {
         chunk.frames().map(|f| format!("{f:?}")).collect()
     }
@@ -430,7 +467,7 @@ mod tests {
         let wire = [data(1, b"one"), message(b'N', b"notice\0"), data(2, b"two"), keepalive(9, 0)].concat();
         for cut in 1..wire.len() {
             let (mut server, client) = duplex(1 << 16);
-            let mut stream = Stream::start(client, 1 << 20).unwrap();
+            let mut stream = start(client, 1 << 20).await;
             server.write_all(&wire[..cut]).await.unwrap();
             tokio::task::yield_now().await;
             server.write_all(&wire[cut..]).await.unwrap();
@@ -448,7 +485,7 @@ mod tests {
     #[tokio::test]
     async fn a_wanted_reply_comes_at_once_and_a_full_queue_does_not_stop_feedback() {
         let (mut server, client) = duplex(1 << 16);
-        let mut stream = Stream::start(client, 8).unwrap();
+        let mut stream = start(client, 8).await;
         let status = async |server: &mut tokio::io::DuplexStream| {
             let mut update = [0; 39];
             server.read_exact(&mut update).await.unwrap();
@@ -470,13 +507,13 @@ mod tests {
     #[tokio::test]
     async fn the_servers_reason_reaches_the_caller() {
         let (mut server, client) = duplex(1 << 16);
-        let mut stream = Stream::start(client, 1 << 20).unwrap();
+        let mut stream = start(client, 1 << 20).await;
         server.write_all(&message(b'E', b"SERROR\0C57P01\0Mterminating connection\0\0")).await.unwrap();
         let error = stream.next().await.err().unwrap();
         assert!(error.is_transient() && error.to_string().contains("terminating connection"), "{error}");
 
         let (mut server, client) = duplex(1 << 16);
-        let mut stream = Stream::start(client, 1 << 20).unwrap();
+        let mut stream = start(client, 1 << 20).await;
         server.write_all(&message(b'd', b"?")).await.unwrap();
         assert_eq!(stream.next().await.err().unwrap().exit_code(), 1);
     }

@@ -1,1 +1,212 @@
-//! Sealed Parquet batches → BigQuery load jobs.
+//! Sealed Parquet batches → BigQuery load jobs, never a row twice.
+//!
+//! A round lists the archive, and each table with something new takes its turn: see [`table`]; the reason why a crash, a
+//! lost answer, a second process or a lost record doubles nothing is in [`chain`].
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use tracing::{error, info};
+
+use crate::archive::{self, Batch, DataFile};
+use crate::cli;
+use crate::error::{Error, Result};
+use crate::world::World;
+
+pub mod auth;
+pub mod bigquery;
+pub mod chain;
+pub mod columns;
+pub mod files;
+pub mod media;
+pub mod record;
+pub mod table;
+
+use bigquery::BigQuery;
+use record::{Record, Records};
+use table::{Outcome, TableLoad};
+
+/// How often the archive is listed while nothing else happens.
+const LIST_EVERY: Duration = Duration::from_secs(1);
+/// How many tables are loaded at once.
+const TABLES_AT_ONCE: usize = 4;
+/// Health check of the tables themselves.
+const CHECK: &str = "upload";
+
+/// A table's files, oldest first, each with the batch that it is in.
+pub type TableFiles = Vec<(Batch, DataFile)>;
+
+/// Loads what is sealed: once, or until the shutdown.
+///
+/// A table that cannot be loaded (a torn file, a type that does not fit) does not hold up the others; it is tried again
+/// later, or with `--once` makes the result an error.
+///
+/// # Errors
+/// [`Error::Refused`] for configuration and rights, [`Error::Unreachable`] when the service does not answer within 30 s of
+/// the start; with `--once` also the first table's failure.
+pub async fn run(world: &World, args: &cli::Upload) -> Result<()> {
+    let Some(project) = world.config.bigquery.project.as_deref().filter(|p| !p.is_empty()) else {
+        tell(format_args!("nothing to do: no project"));
+        return Ok(());
+    };
+    tokio::select! {
+        biased;
+        // Whatever is under way may be left: the next start finds it by its id.
+        () = world.stop.cancelled() => Ok(()),
+        outcome = work(world, args, project) => outcome,
+    }
+}
+
+/// What is loaded, by table; empty without a project. For `status`, and for a retention that spares what is not loaded.
+///
+/// # Errors
+/// [`Error::Refused`] for unusable credentials or archive, [`Error::Fatal`] when the records cannot be read.
+pub async fn progress(world: &World) -> Result<Vec<Record>> {
+    let Some(project) = world.config.bigquery.project.as_deref().filter(|p| !p.is_empty()) else {
+        return Ok(Vec::new());
+    };
+    let target = BigQuery::new(&world.config.bigquery, project).await?.target();
+    Records::open(&world.config.archive.dir, &target)?.all()
+}
+
+async fn work(world: &World, args: &cli::Upload, project: &str) -> Result<()> {
+    let service = BigQuery::new(&world.config.bigquery, project).await?;
+    world.at_start(media::CHECK, || service.ensure_dataset()).await?;
+    let records = Records::open(&world.config.archive.dir, &service.target())?;
+    if args.once {
+        return once(world, &service, &records).await;
+    }
+    info!(target = service.target(), every = %world.config.bigquery.load_every, "loading sealed batches");
+    let mut resting = Resting::new();
+    loop {
+        round(world, &service, &records, Some(&mut resting)).await?;
+        world.pause(LIST_EVERY).await?;
+    }
+}
+
+async fn once(world: &World, service: &BigQuery, records: &Records) -> Result<()> {
+    let outcome = round(world, service, records, None).await?;
+    tell(format_args!("{}: {} load jobs, {} rows", service.target(), outcome.jobs, outcome.rows));
+    outcome.failure.map_or(Ok(()), Err)
+}
+
+/// A line on stdout. A reader that has gone away is no reason to stop loading.
+fn tell(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// What a round has done.
+#[derive(Default)]
+struct Round {
+    jobs: u64,
+    rows: u64,
+    failure: Option<Error>,
+}
+
+/// Tables that have failed, with the time of the next try.
+type Resting = BTreeMap<String, Instant>;
+
+/// Each table's turn; without `resting`, everything that is sealed is loaded.
+async fn round(
+    world: &World,
+    service: &BigQuery,
+    records: &Records,
+    mut resting: Option<&mut Resting>,
+) -> Result<Round> {
+    let mut tables = sealed(&world.config.archive.dir)?;
+    let ids = table_ids(tables.keys());
+    let once = resting.is_none();
+    if let Some(resting) = resting.as_deref_mut() {
+        resting.retain(|_, until| *until > Instant::now());
+        tables.retain(|table, _| !resting.contains_key(table));
+    }
+    let turns = tables.iter().map(|(table, files)| {
+        let load = TableLoad { world, service, records, table, files, once };
+        let id = ids[table]
+            .clone()
+            .map_err(|why| Error::refused("bigquery_table", why, "a name of its own in BigQuery", RENAME));
+        async move { (table, async { load.run(&id?).await }.await) }
+    });
+    let mut all = Round::default();
+    let mut turns = futures_util::stream::iter(turns).buffer_unordered(TABLES_AT_ONCE);
+    while let Some((table, outcome)) = turns.next().await {
+        match outcome {
+            Ok(Outcome { jobs, rows }) => (all.jobs, all.rows) = (all.jobs + jobs, all.rows + rows),
+            Err(failure) => {
+                error!(table, "{failure}");
+                metrics::counter!("falaj_upload_table_failures_total", "table" => table.clone()).increment(1);
+                if let Some(resting) = resting.as_deref_mut() {
+                    resting.insert(table.clone(), Instant::now() + world.config.bigquery.load_every.0);
+                }
+                all.failure.get_or_insert(failure);
+            }
+        }
+    }
+    drop(turns);
+    match &all.failure {
+        Some(failure) => world.health.failing(CHECK, failure),
+        None if resting.is_none_or(|r| r.is_empty()) => world.health.ok(CHECK),
+        None => {}
+    }
+    Ok(all)
+}
+
+const RENAME: &str = "rename the table in Postgres, or leave it out of the publication";
+
+/// The sealed files by table, oldest first.
+///
+/// A listing that runs while batches are sealed may miss one and show a later one. What a first listing shows was sealed
+/// after all that is older, so a second one is whole up to there.
+fn sealed(dir: &Path) -> Result<BTreeMap<String, TableFiles>> {
+    'list: loop {
+        let Some(newest) = archive::list(dir)?.pop() else { return Ok(BTreeMap::new()) };
+        let mut tables: BTreeMap<String, TableFiles> = BTreeMap::new();
+        for batch in archive::list(dir)?.into_iter().filter(|b| b.last <= newest.last) {
+            let files = match batch.files() {
+                // Retention has removed it since: the next listing does not show it.
+                Err(_) if !batch.path.exists() => continue 'list,
+                files => files?,
+            };
+            for file in files {
+                tables.entry(file.table.clone()).or_default().push((batch.clone(), file));
+            }
+        }
+        return Ok(tables);
+    }
+}
+
+/// Names in BigQuery; an error where two tables, or a table and another one's view, would share one.
+fn table_ids<'a>(tables: impl Iterator<Item = &'a String>) -> BTreeMap<String, Result<String, String>> {
+    let ids: BTreeMap<String, Result<String, String>> =
+        tables.map(|t| (t.clone(), columns::table_id(t).map_err(|why| format!("table {t:?}: {why}")))).collect();
+    let clash = |table: &str, id: &str| {
+        let taken = |other: &str| other == id || columns::view_id(other) == id || other == columns::view_id(id);
+        let other = ids.iter().find(|(name, other)| *name != table && other.as_deref().is_ok_and(taken));
+        other.map(|(name, _)| {
+            format!("tables {table:?} and {name:?} would share a name in BigQuery, {id:?} or its view")
+        })
+    };
+    let apart = |(table, id): (&String, &Result<String, String>)| match id {
+        Ok(id) => (table.clone(), clash(table, id).map_or(Ok(id.clone()), Err)),
+        Err(why) => (table.clone(), Err(why.clone())),
+    };
+    ids.iter().map(apart).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_that_would_share_a_name_are_refused_and_others_go_on() {
+        let tables = ["a.b", "a_b", "c", "d", "d_latest"].map(String::from);
+        let ids = table_ids(tables.iter());
+        assert_eq!(ids["c"], Ok("c".into()));
+        for table in ["a.b", "a_b", "d", "d_latest"] {
+            assert!(ids[table].is_err(), "{table}");
+        }
+    }
+}

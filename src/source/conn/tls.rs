@@ -189,7 +189,7 @@ impl ServerCertVerifier for Verifier {
                 Err(rustls::Error::InvalidCertificate(
                     CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
                 )) => {}
-                other => drop(other?),
+                other => other.map(|_| ())?,
             }
         }
         if self.name {

@@ -1,0 +1,365 @@
+//! One table's turn: its new files are merged into load jobs, one after the other.
+
+use std::path::PathBuf;
+use std::time::{Instant, SystemTime};
+
+use gcp_bigquery_client::model::clustering::Clustering;
+use gcp_bigquery_client::model::table::Table;
+use gcp_bigquery_client::model::table_field_schema::TableFieldSchema;
+use gcp_bigquery_client::model::table_schema::TableSchema;
+use gcp_bigquery_client::model::time_partitioning::TimePartitioning;
+use gcp_bigquery_client::model::view_definition::ViewDefinition;
+use tokio::task::spawn_blocking;
+use tracing::{info, warn};
+
+use super::bigquery::{Answer, BigQuery};
+use super::chain::{self, Chain, Followed, Link};
+use super::files::{self, Load, Source};
+use super::media::CHECK;
+use super::record::{Record, Records, Through, Turn, hash};
+use super::{LIST_EVERY, TableFiles, columns, tell};
+use crate::archive::{Batch, DataFile};
+use crate::error::{Error, Result};
+use crate::lsn::Position;
+use crate::world::{World, backoff};
+
+/// Files are merged into one job up to this size.
+const JOB_BYTES: u64 = 256 << 20;
+/// … and up to this many: each is held open.
+const JOB_FILES: usize = 128;
+/// How often the creation of a table or view is tried.
+const CREATIONS: u32 = 3;
+/// Label of a table: whose positions its rows have.
+const LABEL_OWNER: &str = "falaj_owner";
+/// Label of a view: hash of the query that falaj gave it.
+const LABEL_VIEW: &str = "falaj_view";
+
+/// What a turn has done.
+#[derive(Default)]
+pub struct Outcome {
+    /// Jobs that have ended well.
+    pub jobs: u64,
+    /// Rows that they loaded.
+    pub rows: u64,
+}
+
+/// One table's turn.
+pub struct TableLoad<'a> {
+    /// Configuration and shutdown.
+    pub world: &'a World,
+    /// The service.
+    pub service: &'a BigQuery,
+    /// The records beside the archive.
+    pub records: &'a Records,
+    /// Table name, as in the archive.
+    pub table: &'a str,
+    /// All its sealed files, oldest first.
+    pub files: &'a TableFiles,
+    /// Load everything now, rather than a job every `load_every`.
+    pub once: bool,
+}
+
+/// The next job's files.
+struct Group {
+    sources: Vec<Source>,
+    /// The last file in it.
+    through: Through,
+}
+
+impl TableLoad<'_> {
+    /// Loads what is new. Without `once`, at most one job, and none while another process has the table or it is too soon.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] naming the file or the job that failed; [`Error::Refused`] where BigQuery or its table says no.
+    pub async fn run(&self, table_id: &str) -> Result<Outcome> {
+        let Some(turn) = self.take().await? else { return Ok(Outcome::default()) };
+        let Some((mut record, known, oldest)) = self.find_new(&turn)? else { return Ok(Outcome::default()) };
+        if !self.once && !record.wait(self.world.config.bigquery.load_every.0).is_zero() {
+            return Ok(Outcome::default());
+        }
+        let chain = Chain {
+            world: self.world,
+            service: self.service,
+            name: format!("{}-{}", oldest.origin.pipeline, self.table),
+            owner: record.owner.clone(),
+            table_id: table_id.to_owned(),
+        };
+        if !known || record.open {
+            self.ensure_table(&chain, &oldest).await?;
+            recover(&chain, &mut record).await?;
+            turn.write(&record)?;
+        }
+        self.load(&chain, &turn, &mut record).await
+    }
+
+    /// The lock; with `once` the table is waited for, because it is to be loaded when this ends.
+    async fn take(&self) -> Result<Option<Turn>> {
+        loop {
+            match self.records.take(self.table)? {
+                None if self.once => self.world.pause(LIST_EVERY).await?,
+                turn => return Ok(turn),
+            }
+        }
+    }
+
+    /// The record (`true`: it was there) and the oldest file that is new by it; `None` when none is.
+    fn find_new(&self, turn: &Turn) -> Result<Option<(Record, bool, Source)>> {
+        if let Some(record) = turn.read() {
+            let Some(file) = self.new_files(&record).next() else { return Ok(None) };
+            let source = Source::open(&file.1.path)?;
+            if record.owner == chain::owner(&source.origin, self.table) {
+                return Ok(Some((record, true, source)));
+            }
+            warn!(table = self.table, "the record is of another stream and does not count");
+        }
+        let Some(file) = self.files.first() else { return Ok(None) };
+        let source = Source::open(&file.1.path)?;
+        let owner = chain::owner(&source.origin, self.table);
+        Ok(Some((Record::new(self.table, &self.service.target(), &owner), false, source)))
+    }
+
+    fn new_files(&self, record: &Record) -> impl Iterator<Item = &(Batch, DataFile)> {
+        let (through, loaded) = (record.through, record.loaded);
+        self.files
+            .iter()
+            .filter(move |(batch, file)| Some(batch.last) > loaded && Some(self::through(batch, file)) > through)
+    }
+
+    async fn group(&self, record: &Record) -> Result<Option<Group>> {
+        let place = |(batch, file): &(Batch, DataFile)| (through(batch, file), file.path.clone());
+        let files: Vec<_> = self.new_files(record).take(JOB_FILES + 1).map(place).collect();
+        spawn_blocking(move || group(&files)).await.map_err(|e| Error::fatal("reading footers", e))?
+    }
+
+    async fn load(&self, chain: &Chain<'_>, turn: &Turn, record: &mut Record) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        while let Some(group) = self.group(record).await? {
+            let pending = metrics::gauge!("falaj_upload_pending_batches", "table" => self.table.to_owned());
+            pending.set(self.new_files(record).count() as f64);
+            let fields = self.ensure_table(chain, &group.sources[0]).await?;
+            let key = columns::names_in(&group.sources[0].primary_key, group.sources[0].schema());
+            let through = group.through;
+            let load = prepare(group, record.loaded, fields.clone(), turn.scratch()).await?;
+            let end = load.as_ref().map(|load| load.last);
+            if let Some(load) = load {
+                outcome.rows += job(chain, turn, record, &load, &fields).await?;
+                outcome.jobs += 1;
+                // Only now has the table the columns that this job has brought.
+                self.ensure_view(chain, &key, &fields).await?;
+            }
+            // A job of another process may have ended before the end of this group: then the rest of it is next.
+            if record.loaded >= end {
+                record.through = Some(through);
+                turn.write(record)?;
+            }
+            pending.set(self.new_files(record).count() as f64);
+            if !self.once && outcome.jobs > 0 {
+                break;
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Makes the table where it is absent. The columns of a job: those of the file, then those that only the table has.
+    async fn ensure_table(&self, chain: &Chain<'_>, source: &Source) -> Result<Vec<TableFieldSchema>> {
+        let refused = |why: String| {
+            Error::refused(
+                "bigquery_table",
+                format!("table {:?} ({}): {why}", self.table, source.path.display()),
+                "columns that BigQuery can hold, of the types that its table has",
+                "mend the column in Postgres or in BigQuery, or load into another data set (bigquery.dataset)",
+            )
+        };
+        if chain::owner(&source.origin, self.table) != chain.owner {
+            return Err(mixed(source));
+        }
+        let wanted = columns::fields(source.schema()).map_err(refused)?;
+        let found = match self.world.for_ever(CHECK, || self.service.table(&chain.table_id)).await? {
+            Answer::Is(table) => table,
+            Answer::Absent | Answer::Exists => {
+                let table = self.new_table(chain, source, &wanted);
+                self.create(&table).await?;
+                table
+            }
+        };
+        check_owner(chain, &found)?;
+        columns::unite(wanted, found.schema.fields.unwrap_or_default()).map_err(refused)
+    }
+
+    fn new_table(&self, chain: &Chain<'_>, source: &Source, fields: &[TableFieldSchema]) -> Table {
+        let schema = TableSchema::new(fields.to_vec());
+        let table = Table::new(&self.service.project, &self.service.dataset, &chain.table_id, schema)
+            .time_partitioning(TimePartitioning::per_day().field("_commit_ts"))
+            .label(LABEL_OWNER, &chain::short_owner(&chain.owner));
+        let key = source.record_key.clone().map_or_else(|| source.primary_key.clone(), |key| vec![key]);
+        let cluster = columns::clustering(&key, source.schema(), fields);
+        if cluster.is_empty() { table } else { table.clustering(Clustering { fields: Some(cluster) }) }
+    }
+
+    /// A view that falaj has made follows the table's columns; one without its label is left as it is.
+    async fn ensure_view(&self, chain: &Chain<'_>, key: &[String], fields: &[TableFieldSchema]) -> Result<()> {
+        let id = columns::view_id(&chain.table_id);
+        if key.is_empty() {
+            return Ok(());
+        }
+        let BigQuery { project, dataset, .. } = self.service;
+        let query = columns::view_query(&format!("{project}.{dataset}.{}", chain.table_id), key, fields);
+        let version = chain::short_owner(&hash(&query));
+        let definition = ViewDefinition { query: query.clone(), use_legacy_sql: Some(false), ..Default::default() };
+        let view =
+            Table::new(project, dataset, &id, TableSchema::default()).label(LABEL_VIEW, &version).view(definition);
+        let made = match self.world.for_ever(CHECK, || self.service.table(&id)).await? {
+            Answer::Absent | Answer::Exists => self.create(&view).await,
+            Answer::Is(found) => match found.labels.as_ref().and_then(|labels| labels.get(LABEL_VIEW)) {
+                Some(old) if *old != version => {
+                    self.world.for_ever(CHECK, || self.service.replace_view(&id, &query, (LABEL_VIEW, &version))).await
+                }
+                _ => Ok(()),
+            },
+        };
+        // A key of a type that cannot be compared leaves the table without a view, not without its rows.
+        made.unwrap_or_else(|error| warn!("view {id}: {error}"));
+        Ok(())
+    }
+
+    /// Several tables are made at once, and a clash of two changes of one data set is answered as if it were for good.
+    async fn create(&self, table: &Table) -> Result<()> {
+        let mut delays = backoff();
+        for _ in 1..CREATIONS {
+            match self.world.for_ever(CHECK, || self.service.create_table(table.clone())).await {
+                Err(Error::Fatal(why)) => warn!("trying again: {why}"),
+                outcome => return outcome,
+            }
+            self.world.pause(delays.next().unwrap_or(LIST_EVERY)).await?;
+        }
+        self.service.create_table(table.clone()).await
+    }
+}
+
+fn through(batch: &Batch, file: &DataFile) -> Through {
+    Through { bound: batch.last, part: file.part }
+}
+
+/// The oldest files that one job can take: of one schema, up to [`JOB_BYTES`] and [`JOB_FILES`]. Blocking.
+fn group(files: &[(Through, PathBuf)]) -> Result<Option<Group>> {
+    let mut group: Option<Group> = None;
+    let mut bytes = 0;
+    for (through, path) in files {
+        let source = match Source::open(path) {
+            Ok(source) => source,
+            // What stands before a bad file is loaded all the same; then the bad one is first, and its error is told.
+            Err(_) if group.is_some() => break,
+            Err(error) => return Err(error),
+        };
+        bytes += source.bytes;
+        match &mut group {
+            None => group = Some(Group { sources: vec![source], through: *through }),
+            Some(g) if g.sources.len() < JOB_FILES && bytes <= JOB_BYTES && g.sources[0].fits(&source) => {
+                g.sources.push(source);
+                g.through = *through;
+            }
+            Some(_) => break,
+        }
+    }
+    Ok(group)
+}
+
+/// Finds out what is loaded when the record is lost, or when a job may have been sent whose end nobody has seen.
+async fn recover(chain: &Chain<'_>, record: &mut Record) -> Result<()> {
+    let highest = chain.world.for_ever(CHECK, || chain.service.highest(&chain.table_id)).await?;
+    if highest > record.loaded {
+        (record.loaded, record.generation) = (highest, 0);
+    }
+    loop {
+        match chain.look(record.loaded, record.generation).await? {
+            Link::Followed(job) => {
+                info!(job.id, "had been loaded before");
+                (record.loaded, record.generation) = (Some(job.to), 0);
+            }
+            Link::Free(generation) => {
+                (record.generation, record.open) = (generation, false);
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Reads and merges files off the runtime's threads.
+async fn prepare(
+    group: Group,
+    after: Option<Position>,
+    fields: Vec<TableFieldSchema>,
+    scratch: PathBuf,
+) -> Result<Option<Load>> {
+    let work = move || files::prepare(&group.sources, after, &fields, &scratch);
+    spawn_blocking(work).await.map_err(|e| Error::fatal("merging files", e))?
+}
+
+/// One job, with its intent on the disk before it is sent. Gives the number of rows.
+async fn job(
+    chain: &Chain<'_>,
+    turn: &Turn,
+    record: &mut Record,
+    load: &Load,
+    fields: &[TableFieldSchema],
+) -> Result<u64> {
+    let begun = Instant::now();
+    record.open = true;
+    record.sent_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    turn.write(record)?;
+    let ended = chain.follow(record.loaded, &mut record.generation, load, fields).await;
+    let job = match ended {
+        Ok(job) => job,
+        Err(error) => {
+            turn.write(record)?;
+            return Err(error);
+        }
+    };
+    (record.loaded, record.generation, record.open) = (Some(job.to), 0, false);
+    turn.write(record)?;
+    if job.to == load.last && job.rows.is_some_and(|rows| rows != load.rows) {
+        let why = format!("BigQuery counts {:?} rows, the archive has {} in this range", job.rows, load.rows);
+        return Err(Error::fatal(format_args!("loading {}: job {}", chain.name, job.id), why));
+    }
+    told(chain, load, &job, begun);
+    Ok(job.rows.unwrap_or(load.rows))
+}
+
+/// The progress line, and the figures.
+fn told(chain: &Chain<'_>, load: &Load, job: &Followed, begun: Instant) {
+    let (table, seconds) = (&chain.table_id, begun.elapsed().as_secs_f64());
+    let rows = job.rows.unwrap_or(load.rows);
+    let range = format_args!("{} – {}", load.first, job.to);
+    tell(format_args!("{table}  {range}  {rows} rows  {} bytes  {seconds:.1} s  {}", load.bytes, job.id));
+    let label = || [("table", table.clone())];
+    metrics::counter!("falaj_upload_jobs_total", &label()).increment(1);
+    metrics::counter!("falaj_upload_rows_total", &label()).increment(rows);
+    metrics::counter!("falaj_upload_bytes_total", &label()).increment(load.bytes);
+    metrics::histogram!("falaj_upload_job_seconds", &label()).record(seconds);
+    metrics::gauge!("falaj_upload_loaded_lsn", &label()).set(job.to.commit_lsn.0 as f64);
+}
+
+fn check_owner(chain: &Chain<'_>, table: &Table) -> Result<()> {
+    let ours = chain::short_owner(&chain.owner);
+    match table.labels.as_ref().and_then(|labels| labels.get(LABEL_OWNER)) {
+        Some(other) if *other != ours => Err(Error::refused(
+            "bigquery_table_owner",
+            format!("table {} holds the rows of another stream ({LABEL_OWNER}={other})", chain.table_id),
+            format!(
+                "a table of its own for {} ({LABEL_OWNER}={ours}): positions of two streams cannot be compared",
+                chain.name
+            ),
+            "load into another data set (bigquery.dataset)",
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn mixed(source: &Source) -> Error {
+    Error::refused(
+        "archive_identity",
+        format!("{} is of pipeline {:?}, {}", source.path.display(), source.origin.pipeline, source.origin.slot),
+        "one archive directory a pipeline and slot",
+        "move the files of the other one to a directory of their own",
+    )
+}
