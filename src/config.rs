@@ -340,6 +340,9 @@ impl Config {
         for (name, value) in env {
             overlay_env(&mut tree, &name, &value)?;
         }
+        if let Some(found) = mistyped("", &parse_toml(DEFAULTS, "built-in defaults")?, &tree) {
+            return Err(refused(found, "the keys and types of config/falaj.toml", "mend the key that is named"));
+        }
         let config: Self = toml::Value::Table(tree).try_into().map_err(|e: toml::de::Error| {
             refused(e.message().to_owned(), "the keys and types of config/falaj.toml", "mend the key that is named")
         })?;
@@ -453,6 +456,23 @@ fn overlay(base: &mut toml::Table, over: toml::Table) {
     }
 }
 
+/// The first key whose type is not that of its default: serde would say the type, but not the key. Under `[kafka]` a
+/// text may also be written as a number or boolean.
+fn mistyped(path: &str, defaults: &toml::Table, found: &toml::Table) -> Option<String> {
+    found.iter().find_map(|(key, value)| {
+        let default = defaults.get(key)?;
+        let path = format!("{path}{key}");
+        match (default, value) {
+            (toml::Value::Table(default), toml::Value::Table(value)) => mistyped(&format!("{path}."), default, value),
+            (toml::Value::String(_), value) if path.starts_with("kafka.") && !value.is_array() && !value.is_table() => {
+                None
+            }
+            (default, value) if default.same_type(value) => None,
+            (default, value) => Some(format!("{path} = {value}; its type is {}", default.type_str())),
+        }
+    })
+}
+
 /// `FALAJ_SECTION__KEY=value`, and `FALAJ_PIPELINE`. Other `FALAJ_…` names without `__` belong to the tooling.
 fn overlay_env(tree: &mut toml::Table, name: &str, value: &str) -> Result<()> {
     let Some(path) = name.strip_prefix("FALAJ_") else { return Ok(()) };
@@ -547,6 +567,18 @@ mod tests {
         ] {
             let got = Config::load(None, env(&[e])).unwrap_err();
             assert_eq!(got.exit_code(), 78, "{e:?}: {got}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f.toml");
+        for (text, key) in [
+            ("pipeline = 7", "pipeline = 7; its type is string"),
+            ("[kafka]\npartitions = \"x\"", "kafka.partitions = \"x\"; its type is integer"),
+            ("[external]\nhistory = 1", "external.history = 1; its type is boolean"),
+            ("redis = 1", "redis = 1; its type is table"),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            let got = Config::load(Some(&file), env(&[])).unwrap_err().to_string();
+            assert!(got.contains(key), "{got}");
         }
     }
 
