@@ -414,10 +414,14 @@ fn last_record(
     while Instant::now() < deadline {
         match consumer.poll(Duration::from_millis(100)) {
             None => {}
-            Some(Err(KafkaError::PartitionEOF(_))) => return Ok(found),
+            // On a compacted topic the last record of a key is the one that counts; those before it may go at any time.
+            Some(Err(KafkaError::PartitionEOF(_))) => {
+                let parse = |(offset, value): (i64, Vec<u8>)| parse_record(topic, offset, &value, identity);
+                return found.map(parse).transpose();
+            }
             Some(Err(e)) => return Err(error(&config.kafka, &e)),
             Some(Ok(message)) if message.key() == Some(identity.slot.as_bytes()) => {
-                found = Some(parse_record(topic, message.offset(), message.payload().unwrap_or_default(), identity)?);
+                found = Some((message.offset(), message.payload().unwrap_or_default().to_vec()));
             }
             Some(Ok(_)) => {}
         }
