@@ -2,6 +2,7 @@
 
 mod board;
 mod compose;
+mod crash;
 mod e2e;
 mod external;
 mod generate;

@@ -340,7 +340,7 @@ async fn wrong_words_are_2_and_wrong_settings_78() {
     let file = p.archive().with_file_name("wrong.toml");
     for (text, word) in [
         ("[postgres]\nslott = \"x\"\n", "slott"),
-        ("[postgres]\nslot = 7\n", "slot"),
+        ("[kafka]\npartitions = \"x\"\n", "partitions"),
         ("[produce]\ntransaction_bytes = \"lots\"\n", "lots"),
         ("[produce\n", "wrong.toml"),
         ("[kafka]\n\"no.such.key\" = \"x\"\n", "no.such.key"),

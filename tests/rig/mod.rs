@@ -2,10 +2,12 @@
 //! sinks that know nothing of falaj's own code for it, and an oracle in SQL.
 
 pub mod archive;
+pub mod bigquery;
 pub mod check;
 pub mod kafka;
 pub mod load;
 pub mod oracle;
+pub mod peer;
 pub mod process;
 pub mod stack;
 
@@ -23,6 +25,9 @@ use process::Falaj;
 pub const DEADLINE: Duration = Duration::from_secs(90);
 const POSTGRES: &str = "FALAJ_POSTGRES__URL";
 const KAFKA: &str = "FALAJ_KAFKA__BOOTSTRAP_SERVERS";
+const REDIS: &str = "FALAJ_REDIS__URL";
+/// Base URL of the BigQuery server.
+pub const BIGQUERY: &str = "FALAJ_BIGQUERY__ENDPOINT";
 
 /// Addresses of servers, as `dev/stack env` names them.
 #[derive(Clone)]
@@ -34,12 +39,12 @@ impl Servers {
         let given = |name: &str| {
             std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: dev/stack up; eval \"$(dev/stack env)\""))
         };
-        Self([POSTGRES, KAFKA].map(|name| (name.to_owned(), given(name))).into())
+        Self([POSTGRES, KAFKA, REDIS, BIGQUERY].map(|name| (name.to_owned(), given(name))).into())
     }
 
     /// These, with the ones of `own` in their place.
     pub fn with(mut self, own: BTreeMap<String, String>) -> Self {
-        self.0.extend(own.into_iter().filter(|(name, _)| [POSTGRES, KAFKA].contains(&name.as_str())));
+        self.0.extend(own.into_iter().filter(|(name, _)| [POSTGRES, KAFKA, REDIS, BIGQUERY].contains(&name.as_str())));
         self
     }
 
@@ -73,6 +78,15 @@ impl Pipeline {
         pipeline
     }
 
+    /// As [`Pipeline::new`], with everything that [`oracle::expected`] needs.
+    pub async fn with_oracle(servers: Servers, name: &str) -> Self {
+        let pipeline = Self::bare(servers, name).await;
+        oracle::install(&pipeline).await;
+        pipeline.init().await;
+        oracle::follow(&pipeline).await;
+        pipeline
+    }
+
     /// An empty database; nothing else is there.
     pub async fn bare(servers: Servers, name: &str) -> Self {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
@@ -91,6 +105,7 @@ impl Pipeline {
                 ("FALAJ_STATE__DIR", path("state")),
                 ("FALAJ_ARCHIVE__DIR", path("archive")),
                 ("FALAJ_HTTP__LISTEN", String::new()),
+                ("FALAJ_BIGQUERY__PROJECT", bigquery::PROJECT.to_owned()),
                 ("FALAJ_BIGQUERY__DATASET", name.clone()),
             ]
             .map(|(key, value)| (key.to_owned(), value)),

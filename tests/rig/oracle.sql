@@ -86,7 +86,19 @@ SELECT id, (content).id::text AS key, CASE WHEN op = 'd'
     END AS body
 FROM numbered WHERE n > 0 AND content IS DISTINCT FROM NULL;
 
--- The content row that an event must show: the last one before the event's own place, unless that was a delete.
+-- An event with the content row that it must show: the last one before the event's own place, unless that was a delete.
+CREATE VIEW seen AS
+SELECT k.*, looked, seconds, c.at
+FROM numbered k
+JOIN commits c USING (n)
+CROSS JOIN LATERAL (SELECT round((event).duration_ms / 1000.0, 3) AS seconds) AS s
+LEFT JOIN LATERAL (
+    SELECT CASE WHEN c.op <> 'd' THEN c.content END AS looked FROM numbered c
+    WHERE (c.content).id = (k.event).content_id AND (c.n, c.ordinal) < (k.n, k.ordinal)
+    ORDER BY c.n DESC, c.ordinal DESC LIMIT 1
+) AS l ON true
+WHERE event IS DISTINCT FROM NULL;
+
 CREATE VIEW oracle_engagement_events AS
 SELECT id, coalesce((CASE WHEN op <> 'd' THEN (event).content_id END)::text, (event).id::text) AS key, CASE WHEN op = 'd'
     THEN format('{"id":%s,"content_id":null,"user_id":null,"event_type":null,"event_ts":null,"duration_ms":null,"device":null,'
@@ -99,11 +111,37 @@ SELECT id, coalesce((CASE WHEN op <> 'd' THEN (event).content_id END)::text, (ev
         j((looked).title), j((looked).content_type), j((looked).length_seconds), coalesce(seconds::text, 'null'),
         coalesce(CASE WHEN (looked).length_seconds > 0 THEN round(seconds / (looked).length_seconds, 2) END::text, 'null'), own)
     END AS body
-FROM numbered k
-CROSS JOIN LATERAL (SELECT round((event).duration_ms / 1000.0, 3) AS seconds) AS s
-LEFT JOIN LATERAL (
-    SELECT CASE WHEN c.op <> 'd' THEN c.content END AS looked FROM numbered c
-    WHERE (c.content).id = (k.event).content_id AND (c.n, c.ordinal) < (k.n, k.ordinal)
-    ORDER BY c.n DESC, c.ordinal DESC LIMIT 1
-) AS l ON true
-WHERE n > 0 AND event IS DISTINCT FROM NULL;
+FROM seen;
+
+-- The board at a moment, as `falaj board --json` prints it.
+CREATE FUNCTION oracle_board(as_of timestamptz) RETURNS text LANGUAGE sql AS $$
+    WITH bounds AS (SELECT floor(extract(epoch FROM as_of) / 10) AS last),
+    marked AS (
+        SELECT s.*, (event).event_ts < at - interval '600 s' AS late, (event).event_ts > at + interval '60 s' AS future,
+            floor(extract(epoch FROM (event).event_ts) / 10) BETWEEN last - 59 AND last AS shown,
+            floor(extract(epoch FROM at) / 10) BETWEEN last - 59 AND last AS committed
+        FROM seen s, bounds WHERE op = 'c'
+    ),
+    counted AS (SELECT * FROM marked WHERE shown AND NOT late AND NOT future),
+    newest AS (
+        SELECT DISTINCT ON ((event).content_id) (event).content_id AS content_id, (looked).title, (looked).content_type
+        FROM marked ORDER BY (event).content_id, id DESC
+    ),
+    ranked AS (
+        SELECT row_number() OVER (ORDER BY sum(coalesce(seconds, 0)) DESC, count(*) DESC, (event).content_id) AS rank,
+            (event).content_id AS content_id, sum(coalesce(seconds, 0.000)) AS seconds, count(*) AS events,
+            count(DISTINCT (event).user_id) AS users
+        FROM counted WHERE (event).content_id IS NOT NULL GROUP BY (event).content_id
+    ),
+    used AS (
+        SELECT row_number() OVER (ORDER BY count(*) DESC, (event).device COLLATE "C") AS place, (event).device,
+            count(*) AS events, max((event).event_ts) AS seen
+        FROM counted GROUP BY (event).device
+    )
+    SELECT json_build_object('window_seconds', 600,
+        'top', (SELECT json_agg(json_build_object('rank', rank, 'content_id', content_id, 'title', title, 'content_type', content_type,
+                'engagement_seconds', seconds, 'events', events, 'users', users) ORDER BY rank) FROM ranked JOIN newest USING (content_id)),
+        'devices', (SELECT json_agg(json_build_object('device', device, 'events', events, 'last_seen', utc(seen)) ORDER BY place) FROM used),
+        'late_dropped', count(*) FILTER (WHERE late AND committed), 'future_dropped', count(*) FILTER (WHERE future AND committed))::text
+    FROM marked
+$$;
