@@ -93,5 +93,10 @@ impl Drop for Falaj {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail: Vec<_> = log.lines().rev().take(20).collect();
+            eprintln!("the end of its log:\n{}", tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
+        }
     }
 }
