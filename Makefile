@@ -6,7 +6,7 @@ help:
 	@echo 'make demo [FOR=30s]    the whole system on this machine, in this terminal; with FOR unattended'
 	@echo 'make test [ARGS=…]     all tests against real servers, started for them and removed again'
 	@echo 'make check             format, lints, documentation, licences, container files, scripts'
-	@echo 'make bench             figures against real servers'
+	@echo 'make bench [QUICK=1]   figures against real servers of their own, and the bars that they have to hold'
 	@echo 'make stack             the real servers alone (dev/stack env, dev/stack down)'
 
 demo:
@@ -23,8 +23,7 @@ check:
 
 bench:
 	@dev/setup build
-	@FALAJ_STACK_DIR=.stack/bench FALAJ_KAFKA_JVM=bench dev/stack up
-	@eval "$$(FALAJ_STACK_DIR=.stack/bench dev/stack env)" && cargo bench --locked $(ARGS)
+	@QUICK=$(QUICK) dev/bench
 
 stack:
 	@dev/stack up

@@ -1,14 +1,17 @@
 //! Configuration: defaults < file < environment < flags. Unknown keys are errors, so that a typing error never goes unseen.
 
+mod layers;
+mod units;
+
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
+use layers::{mistyped, overlay, overlay_env, parse_toml};
+pub use units::{ByteSize, Span};
 
 /// The defaults, as a file that a user can start from.
 pub const DEFAULTS: &str = include_str!("../config/falaj.toml");
@@ -225,88 +228,6 @@ pub enum Operand {
     Column(String),
 }
 
-/// A number of bytes, written `64MiB`, `500kB` or `1048576`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ByteSize(pub usize);
-
-impl FromStr for ByteSize {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        let (number, unit) = split_unit(s);
-        let factor = match unit {
-            "" | "B" => 1,
-            "kB" | "KB" => 1_000,
-            "KiB" => 1 << 10,
-            "MB" => 1_000_000,
-            "MiB" => 1 << 20,
-            "GB" => 1_000_000_000,
-            "GiB" => 1 << 30,
-            _ => return Err(format!("`{s}` is no size; needed: a number with B, kB, KiB, MB, MiB, GB or GiB")),
-        };
-        let n: usize = number.parse().map_err(|_| format!("`{s}` is no size; needed: for example 64MiB"))?;
-        n.checked_mul(factor).filter(|&n| n > 0).map(Self).ok_or(format!("`{s}` is out of range"))
-    }
-}
-
-impl fmt::Display for ByteSize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            n if n % (1 << 20) == 0 => write!(f, "{}MiB", n >> 20),
-            n if n % (1 << 10) == 0 => write!(f, "{}KiB", n >> 10),
-            n => write!(f, "{n}B"),
-        }
-    }
-}
-
-/// A length of time, written `60s`, `100ms`, `5m` or `1h`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Span(pub Duration);
-
-impl FromStr for Span {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        let (number, unit) = split_unit(s);
-        let millis = match unit {
-            "ms" => 1,
-            "s" => 1_000,
-            "m" | "min" => 60_000,
-            "h" => 3_600_000,
-            _ => return Err(format!("`{s}` is no duration; needed: a number with ms, s, m or h, as in 60s")),
-        };
-        let n: u64 = number.parse().map_err(|_| format!("`{s}` is no duration; needed: for example 60s"))?;
-        n.checked_mul(millis).map(|ms| Self(Duration::from_millis(ms))).ok_or(format!("`{s}` is out of range"))
-    }
-}
-
-impl fmt::Display for Span {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.as_millis() {
-            ms if ms % 1000 == 0 => write!(f, "{}s", ms / 1000),
-            ms => write!(f, "{ms}ms"),
-        }
-    }
-}
-
-fn split_unit(s: &str) -> (&str, &str) {
-    let s = s.trim();
-    let at = s.find(|c: char| !c.is_ascii_digit()).unwrap_or(s.len());
-    (&s[..at], s[at..].trim())
-}
-
-macro_rules! serde_as_text {
-    ($($t:ty),*) => {$(
-        impl Serialize for $t {
-            fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> { s.collect_str(self) }
-        }
-        impl<'de> Deserialize<'de> for $t {
-            fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-                String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
-            }
-        }
-    )*};
-}
-serde_as_text!(ByteSize, Span);
-
 /// librdkafka takes every value as text; TOML may say `linger.ms = 5` or `"5"`.
 fn scalars<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, String>, D::Error> {
     BTreeMap::<String, toml::Value>::deserialize(d)?
@@ -439,84 +360,6 @@ fn refused(found: impl Into<String>, needed: &str, fix: &str) -> Error {
     Error::refused("configuration", found, needed, fix)
 }
 
-fn parse_toml(text: &str, name: &str) -> Result<toml::Table> {
-    text.parse()
-        .map_err(|e: toml::de::Error| refused(format!("{name}: {e}"), "valid TOML", "mend the line that is named"))
-}
-
-/// Sections merge key by key; `[[table]]` blocks of a file replace the default ones as a whole.
-fn overlay(base: &mut toml::Table, over: toml::Table) {
-    for (key, value) in over {
-        match (base.get_mut(&key), value) {
-            (Some(toml::Value::Table(b)), toml::Value::Table(o)) => overlay(b, o),
-            (_, value) => {
-                base.insert(key, value);
-            }
-        }
-    }
-}
-
-/// The first key whose type is not that of its default: serde would say the type, but not the key. Under `[kafka]` a
-/// text may also be written as a number or boolean.
-fn mistyped(path: &str, defaults: &toml::Table, found: &toml::Table) -> Option<String> {
-    found.iter().find_map(|(key, value)| {
-        let default = defaults.get(key)?;
-        let path = format!("{path}{key}");
-        match (default, value) {
-            (toml::Value::Table(default), toml::Value::Table(value)) => mistyped(&format!("{path}."), default, value),
-            (toml::Value::String(_), value) if path.starts_with("kafka.") && !value.is_array() && !value.is_table() => {
-                None
-            }
-            (default, value) if default.same_type(value) => None,
-            (default, value) => Some(format!("{path} = {value}; its type is {}", default.type_str())),
-        }
-    })
-}
-
-/// `FALAJ_SECTION__KEY=value`, and `FALAJ_PIPELINE`. Other `FALAJ_…` names without `__` belong to the tooling.
-fn overlay_env(tree: &mut toml::Table, name: &str, value: &str) -> Result<()> {
-    let Some(path) = name.strip_prefix("FALAJ_") else { return Ok(()) };
-    if path == "PIPELINE" {
-        tree.insert("pipeline".into(), value.into());
-        return Ok(());
-    }
-    let Some((section, key)) = path.split_once("__") else { return Ok(()) };
-    let section = section.to_ascii_lowercase();
-    let mut key = key.to_ascii_lowercase();
-    let known = ["topic", "partitions", "replication_factor", "headers"];
-    if section == "kafka" && !known.contains(&key.as_str()) {
-        key = key.replace('_', ".");
-    }
-    let Some(toml::Value::Table(table)) = tree.get_mut(&section) else {
-        return Err(refused(
-            format!("environment variable {name}"),
-            "FALAJ_SECTION__KEY with a section of config/falaj.toml",
-            "unset it or mend its name",
-        ));
-    };
-    let typed = typed_like(table.get(&key), value).ok_or_else(|| {
-        refused(format!("{name}={value}"), "a value of the same type as in config/falaj.toml", "mend the value")
-    })?;
-    table.insert(key, typed);
-    Ok(())
-}
-
-/// Environment values are text; the default that stands at the same key says which type is meant.
-fn typed_like(default: Option<&toml::Value>, text: &str) -> Option<toml::Value> {
-    Some(match default {
-        Some(toml::Value::Integer(_)) => text.parse::<i64>().ok()?.into(),
-        Some(toml::Value::Boolean(_)) => text.parse::<bool>().ok()?.into(),
-        Some(toml::Value::Array(_)) => text
-            .trim_matches(|c| c == '[' || c == ']')
-            .split(',')
-            .map(|s| s.trim().trim_matches('"').to_owned())
-            .filter(|s| !s.is_empty())
-            .collect::<Vec<_>>()
-            .into(),
-        _ => text.into(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -580,14 +423,5 @@ mod tests {
             let got = Config::load(Some(&file), env(&[])).unwrap_err().to_string();
             assert!(got.contains(key), "{got}");
         }
-    }
-
-    #[test]
-    fn sizes_and_spans_print_as_they_read() {
-        for s in ["64MiB", "1KiB", "17B"] {
-            assert_eq!(s.parse::<ByteSize>().unwrap().to_string(), s);
-        }
-        assert_eq!("1m".parse::<Span>().unwrap().to_string(), "60s");
-        assert_eq!("15ms".parse::<Span>().unwrap().to_string(), "15ms");
     }
 }

@@ -1,5 +1,6 @@
 //! What every Kafka client of falaj shares: configuration, error classes, metadata, topics.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
@@ -102,9 +103,18 @@ pub async fn create_topic(config: &Kafka, name: &str, partitions: i32, configs: 
 /// # Errors
 /// [`Error::Unreachable`] when no broker answers within [`TIMEOUT`].
 pub fn partitions(config: &Kafka, topic: &str) -> Result<Option<usize>> {
+    Ok(topics(config, TIMEOUT)?.get(topic).copied())
+}
+
+/// Every topic with its partition count. All of them are asked for: a broker that creates topics on demand would make one
+/// because it was asked for by name.
+/// Blocking: call it from a blocking thread.
+///
+/// # Errors
+/// [`Error::Unreachable`] when no broker answers within `patience`.
+pub fn topics(config: &Kafka, patience: Duration) -> Result<BTreeMap<String, usize>> {
     let admin = admin(config)?;
-    // All topics, not this one: a broker that creates topics on demand would make it because it was asked for.
-    let metadata = admin.inner().fetch_metadata(None, TIMEOUT).map_err(|e| error(config, &e))?;
-    let found = metadata.topics().iter().find(|t| t.name() == topic);
-    Ok(found.filter(|t| t.error().is_none() && !t.partitions().is_empty()).map(|t| t.partitions().len()))
+    let metadata = admin.inner().fetch_metadata(None, patience).map_err(|e| error(config, &e))?;
+    let usable = metadata.topics().iter().filter(|t| t.error().is_none() && !t.partitions().is_empty());
+    Ok(usable.map(|t| (t.name().to_owned(), t.partitions().len())).collect())
 }

@@ -8,13 +8,16 @@ pub mod lsn; //         places in the WAL
 pub mod schema; //      relations and types
 
 pub mod pgoutput; //    bytes → Message: pure, total
-pub mod source; //      Postgres: the slot, the stream, the catalogue
+pub mod source; //      Postgres: connections, the slot, the stream, the catalogue
 pub mod value; //       one cell, to the forms the sinks need
 
 pub mod change; //      numbered changes
 pub mod enrich; //      the lookup fold, derived columns
 pub mod event; //       one event and its bytes
 pub mod sink; //        outlets of produce
+
+pub mod check; //       every requirement: found, needed, fix
+pub mod init; //        publication, topics, slot, first lookup state
 
 pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
 pub mod generate; //    seeded load
@@ -24,6 +27,5 @@ pub mod upload; //      archive → BigQuery
 
 pub mod cli; //         the command line
 pub mod config; //      defaults < file < environment < flags
-pub mod init; //        publication, topics, slot, first lookup state
 pub mod kafka; //       what every Kafka client shares
 pub mod world; //       what main injects; the one retry policy

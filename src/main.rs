@@ -51,6 +51,7 @@ async fn run(cli: Cli) -> Result<()> {
 async fn dispatch(world: &World, verb: Verb) -> Result<()> {
     match verb {
         Verb::Init(args) => falaj::init::run(world, &args).await,
+        Verb::Check(args) => falaj::check::run(world, args.json).await,
         Verb::Generate(args) => falaj::generate::run(world, &args).await,
         Verb::Produce(args) => falaj::produce::run(world, &args).await,
         Verb::Measure(args) => falaj::produce::measure(world, args.until_lsn).await,

@@ -1,6 +1,8 @@
 //! Reaching Postgres, `init` and `check`, against real servers.
 
+mod place;
 mod server;
+mod verbs;
 
 use falaj::source::conn::Conninfo;
 use falaj::source::wire::{Wire, WireError};
@@ -125,7 +127,7 @@ async fn copy_both_loses_no_byte_and_errors_keep_their_sqlstate() {
     assert_eq!((system.timeline, system.dbname.as_deref()), (1, Some("postgres")));
     let Err(WireError::Server(e)) = wire.query("DROP_REPLICATION_SLOT \"none\"").await else { panic!() };
     assert_eq!(e.code, "42704");
-    wire.query("CREATE_REPLICATION_SLOT \"s\" LOGICAL pgoutput (SNAPSHOT 'nothing')").await.unwrap();
+    wire.query("CREATE_REPLICATION_SLOT \"s\" LOGICAL pgoutput NOEXPORT_SNAPSHOT").await.unwrap();
     let sql = server.sql().await;
     sql.batch_execute("CREATE PUBLICATION p; SELECT pg_logical_emit_message(true, 'p', repeat('x', 5000))")
         .await

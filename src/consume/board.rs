@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _};
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -16,7 +16,7 @@ use super::redis::{ContentRow, DeviceRow, Store, nullable};
 use crate::cli::Board;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::world::World;
+use crate::world::{World, print};
 
 /// How often `consume` reports.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
@@ -205,15 +205,6 @@ pub async fn report_once(store: &Store, latency: &Latency) {
 
 fn json(value: &impl Serialize) -> Result<String> {
     serde_json::to_string(value).map_err(|e| Error::fatal("writing the board as JSON", e))
-}
-
-fn print(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        // The reader of the pipe has seen enough.
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.map_err(|e| Error::fatal("writing to stdout", e)),
-    }
 }
 
 fn report_text(report: &Report) -> String {

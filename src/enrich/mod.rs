@@ -1,22 +1,23 @@
 //! Enrichment as a fold over the stream: lookup rows are changed by the stream itself, in commit order, so every event
 //! sees them *as of its own position*. No query, no clock, no poll.
 
+mod cache;
 pub mod derive;
 pub mod state;
 
-use std::collections::HashMap;
 use std::path::Path;
 
-use crate::change::{Change, RowChange};
+use crate::change::Change;
 use crate::config;
 use crate::error::{Error, Result};
 use crate::event::{Cells, Layout, OutColumn};
-use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
-use crate::pgoutput::{Cell, Tuple};
+use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
+use crate::pgoutput::Cell;
 use crate::schema::{Relation, Type};
 use crate::value::{BadValue, Converted, write_text};
+use cache::Cache;
 use derive::Derivation;
-use state::{BaseHeader, BaseWriter, ChangeLog, ColumnType, Entry, LookupChange, LookupTable};
+use state::{BaseHeader, BaseWriter, ChangeLog, Entry, LookupChange, LookupTable};
 
 /// A log beyond this size is folded into a new base at the next start.
 const COMPACT_AT: u64 = 4 << 20;
@@ -59,34 +60,13 @@ pub fn wanted(tables: &[config::Table]) -> Vec<(String, Vec<String>)> {
 pub struct Enricher {
     caches: Vec<Cache>,
     log: ChangeLog,
-    base: Lsn,
+    /// The loaded state holds every change below it.
+    from: Lsn,
     origin: Lsn,
     /// Look-ups that found a row, since the start.
     pub hits: u64,
     /// Look-ups that found none: the event has NULL columns.
     pub misses: u64,
-}
-
-/// Texts of the joined columns.
-type Row = Box<[Option<Box<str>>]>;
-
-struct Cache {
-    table: LookupTable,
-    rows: HashMap<Box<str>, Row>,
-}
-
-impl Cache {
-    fn apply(&mut self, change: LookupChange) {
-        match change {
-            LookupChange::Put((key, values)) => {
-                let values = values.into_iter().map(|v| v.map(String::into_boxed_str)).collect();
-                self.rows.insert(key.into(), values);
-            }
-            LookupChange::Delete(key) => drop(self.rows.remove(key.as_str())),
-            LookupChange::Truncate(_) => self.rows.clear(),
-            LookupChange::Relation(table) => self.table = table,
-        }
-    }
 }
 
 impl Enricher {
@@ -98,7 +78,7 @@ impl Enricher {
         let mut caches: Vec<Cache> = Vec::new();
         let (header, log) = state::load(dir, upto, |header, table, change| {
             if caches.is_empty() {
-                caches = empty_caches(header);
+                caches = Cache::all(header);
             }
             match caches.get_mut(table) {
                 Some(cache) => cache.apply(change),
@@ -107,19 +87,20 @@ impl Enricher {
             Ok(())
         })?;
         if caches.is_empty() {
-            caches = empty_caches(&header);
+            caches = Cache::all(&header);
         }
         if header.identity != *identity {
             return Err(refused(dir, format!("the state of {}; this is {identity}", header.identity)));
         }
         for (table, columns) in wanted(tables) {
             let cache = caches.iter().find(|c| c.table.table == table);
-            let known = |column: &String| cache.is_some_and(|c| c.table.columns.iter().any(|k| k.name == *column));
+            // A lookup that no published table uses is in no base; one that a table needs is looked for in `layout`.
+            let known = |column: &String| cache.is_none_or(|c| c.table.columns.iter().any(|k| k.name == *column));
             if let Some(column) = columns.iter().find(|c| !known(c)) {
                 return Err(refused(dir, format!("no column \"{column}\" of lookup table \"{table}\"")));
             }
         }
-        let loaded = Self { caches, log, base: header.lsn, origin: header.origin, hits: 0, misses: 0 };
+        let loaded = Self { caches, log, from: upto.resume, origin: header.origin, hits: 0, misses: 0 };
         if loaded.log.bytes()? > COMPACT_AT { loaded.compact(dir, header, upto.resume) } else { Ok(loaded) }
     }
 
@@ -134,7 +115,7 @@ impl Enricher {
             }
         }
         base.finish()?;
-        (self.log, self.base) = (ChangeLog::empty(dir)?, lsn);
+        self.log = ChangeLog::empty(dir)?;
         Ok(self)
     }
 
@@ -159,48 +140,8 @@ impl Enricher {
         primary_key: Vec<usize>,
         config: Option<&config::Table>,
     ) -> Result<Layout> {
-        let table = relation.table();
-        let mut columns: Vec<_> = relation.columns.iter().map(|c| OutColumn::new(&c.name, c.ty())).collect();
-        let column = |name: &String, role: &str| {
-            relation.index_of(name).ok_or_else(|| {
-                Error::refused(
-                    "table_columns",
-                    format!("table {table} has no column \"{name}\", the configured {role}"),
-                    "a published column of that name",
-                    "add the column (or publish it), or change [[table]] in the configuration",
-                )
-            })
-        };
-        let key = config.and_then(|c| c.key.as_ref()).map(|k| column(k, "record key")).transpose()?;
-        let join = match config.and_then(|c| c.lookup.as_ref()) {
-            Some(lookup) => Some(self.join(lookup, column(&lookup.on, "lookup key")?, &mut columns)?),
-            None => None,
-        };
-        let derive = derive::plan(&table, config.map_or(&[], |c| &c.derive), &mut columns)?;
-        refuse_double_names(&table, &columns)?;
-        Ok(Layout { generation, table, primary_key, key, columns, plan: Plan { join, derive }, relation })
-    }
-
-    fn join(&self, lookup: &config::Lookup, on: usize, columns: &mut Vec<OutColumn>) -> Result<Join> {
-        let missing = |what: &str| {
-            Error::refused(
-                "lookup_state",
-                format!("the lookup state has no {what}"),
-                "the lookup tables and columns of [table.lookup]",
-                "falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
-            )
-        };
-        let table = self.caches.iter().position(|c| c.table.table == lookup.table);
-        let table = table.ok_or_else(|| missing(&format!("table \"{}\"", lookup.table)))?;
-        let known = &self.caches[table].table.columns;
-        let mut indexes = Vec::new();
-        for name in &lookup.columns {
-            let at =
-                known.iter().position(|c| c.name == *name).ok_or_else(|| missing(&format!("column \"{name}\"")))?;
-            indexes.push(at);
-            columns.push(OutColumn::new(name, Type::from_oid(known[at].type_oid, known[at].type_mod)));
-        }
-        Ok(Join { on, table, columns: indexes })
+        let lookups: Vec<&LookupTable> = self.caches.iter().map(|c| &c.table).collect();
+        layout(&lookups, generation, relation, primary_key, config)
     }
 
     /// Appends lookup and derived columns to the source columns of a row. `scratch` holds the derived texts.
@@ -254,55 +195,26 @@ impl Enricher {
     ///
     /// # Errors
     /// [`Error::Refused`] when the key or a joined column is gone; [`Error::Fatal`] when the disk refuses.
-    pub fn relation(&mut self, table: usize, relation: &Relation, next: crate::lsn::Position) -> Result<()> {
-        let cache = &mut self.caches[table];
-        let find = |wanted: &ColumnType| {
-            let column = relation.columns.iter().find(|c| c.name == wanted.name).ok_or_else(|| {
-                Error::refused(
-                    "lookup_columns",
-                    format!("lookup table {} has no column \"{}\" any more", cache.table.table, wanted.name),
-                    "the key and the joined columns, published",
-                    "add the column again, or change [table.lookup] and run falaj init --adopt-slot",
-                )
-            })?;
-            Ok(ColumnType { name: column.name.clone(), type_oid: column.type_oid, type_mod: column.type_mod })
-        };
-        let fresh = LookupTable {
-            table: cache.table.table.clone(),
-            key: find(&cache.table.key)?,
-            columns: cache.table.columns.iter().map(find).collect::<Result<_>>()?,
-        };
-        if fresh == cache.table {
-            return Ok(());
+    pub fn relation(&mut self, table: usize, relation: &Relation, next: Position) -> Result<()> {
+        match self.caches[table].under(relation)? {
+            Some(fresh) => self.record(table, next, LookupChange::Relation(fresh)),
+            None => Ok(()),
         }
-        self.record(table, next, LookupChange::Relation(fresh))
     }
 
-    /// Folds a change of a lookup table into the cache and the log. Changes that the base already holds are left out.
+    /// Folds a change of a lookup table into the cache and the log. What the loaded state already holds is left out.
     ///
     /// # Errors
     /// [`Error::Fatal`] for a value that is not of its type, a row without a key, or a disk that refuses.
     pub fn fold(&mut self, table: usize, relation: &Relation, change: &Change<'_>) -> Result<()> {
-        if change.at.commit_lsn < self.base {
+        if change.at.commit_lsn < self.from {
             return Ok(());
         }
-        let key = |tuple: Tuple<'_>| self.key_of(table, relation, tuple);
-        let folded = match change.row {
-            RowChange::Insert(new) => vec![LookupChange::Put((key(new)?, self.values(table, relation, new, None)?))],
-            RowChange::Update(old, new) => {
-                let new_key = key(new)?;
-                let old_key = old.map(|o| key(o.tuple())).transpose()?.unwrap_or_else(|| new_key.clone());
-                let values = self.values(table, relation, new, Some(&old_key))?;
-                let moved = (old_key != new_key).then_some(LookupChange::Delete(old_key));
-                moved.into_iter().chain([LookupChange::Put((new_key, values))]).collect()
-            }
-            RowChange::Delete(old) => vec![LookupChange::Delete(key(old.tuple())?)],
-            RowChange::Truncate => vec![LookupChange::Truncate(true)],
-        };
+        let folded = self.caches[table].fold(relation, change.row)?;
         folded.into_iter().try_for_each(|f| self.record(table, change.at, f))
     }
 
-    fn record(&mut self, table: usize, at: crate::lsn::Position, change: LookupChange) -> Result<()> {
+    fn record(&mut self, table: usize, at: Position, change: LookupChange) -> Result<()> {
         let entry = Entry { at, table, change };
         self.log.append(&entry)?;
         self.caches[table].apply(entry.change);
@@ -316,51 +228,60 @@ impl Enricher {
     pub fn sync(&mut self) -> Result<()> {
         self.log.sync()
     }
+}
 
-    fn key_of(&self, table: usize, relation: &Relation, tuple: Tuple<'_>) -> Result<String> {
-        let name = &self.caches[table].table.key.name;
-        text_of(relation, name, tuple)?.flatten().ok_or_else(|| {
-            Error::fatal(
-                format_args!("lookup table {}", relation.table()),
-                format_args!("a row without its key \"{name}\""),
+/// Plans the layout of a relation's events over these lookup tables, without their rows.
+///
+/// # Errors
+/// [`Error::Refused`] for a configured column that the relation or its lookup has not, or a name that would stand twice.
+pub fn layout(
+    lookups: &[&LookupTable],
+    generation: u32,
+    relation: Relation,
+    primary_key: Vec<usize>,
+    config: Option<&config::Table>,
+) -> Result<Layout> {
+    let table = relation.table();
+    let mut columns: Vec<_> = relation.columns.iter().map(|c| OutColumn::new(&c.name, c.ty())).collect();
+    let column = |name: &String, role: &str| {
+        relation.index_of(name).ok_or_else(|| {
+            Error::refused(
+                "table_columns",
+                format!("table {table} has no column \"{name}\", the configured {role}"),
+                "a published column of that name",
+                "add the column (or publish it), or change [[table]] in the configuration",
             )
         })
-    }
-
-    /// The joined columns of a new row. An unchanged TOAST value is not in the WAL: the cached row has it.
-    fn values(
-        &self,
-        table: usize,
-        relation: &Relation,
-        new: Tuple<'_>,
-        old_key: Option<&str>,
-    ) -> Result<Vec<Option<String>>> {
-        let cache = &self.caches[table];
-        let cached = old_key.and_then(|key| cache.rows.get(key));
-        let column = |(i, wanted): (usize, &ColumnType)| match text_of(relation, &wanted.name, new)? {
-            Some(value) => Ok(value),
-            None => Ok(cached.and_then(|row| row[i].as_deref()).map(str::to_owned)),
-        };
-        cache.table.columns.iter().enumerate().map(column).collect()
-    }
+    };
+    let key = config.and_then(|c| c.key.as_ref()).map(|k| column(k, "record key")).transpose()?;
+    let join = match config.and_then(|c| c.lookup.as_ref()) {
+        Some(lookup) => Some(join(lookups, lookup, column(&lookup.on, "lookup key")?, &mut columns)?),
+        None => None,
+    };
+    let derive = derive::plan(&table, config.map_or(&[], |c| &c.derive), &mut columns)?;
+    refuse_double_names(&table, &columns)?;
+    Ok(Layout { generation, table, primary_key, key, columns, plan: Plan { join, derive }, relation })
 }
 
-/// Text of a column of a tuple; outer `None` for an unchanged TOAST value.
-fn text_of(relation: &Relation, name: &str, tuple: Tuple<'_>) -> Result<Option<Option<String>>> {
-    let failed = |why: &dyn std::fmt::Display| Error::fatal(format_args!("lookup table {}", relation.table()), why);
-    let at = relation.index_of(name).ok_or_else(|| failed(&format_args!("no column \"{name}\"")))?;
-    let cell = tuple.cells().nth(at).ok_or_else(|| failed(&format_args!("a row of {} columns", tuple.len)))?;
-    if cell == Cell::Unchanged {
-        return Ok(None);
+fn join(lookups: &[&LookupTable], lookup: &config::Lookup, on: usize, columns: &mut Vec<OutColumn>) -> Result<Join> {
+    let missing = |what: &str| {
+        Error::refused(
+            "lookup_state",
+            format!("the lookup state has no {what}"),
+            "the lookup tables and columns of [table.lookup]",
+            "falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
+        )
+    };
+    let table = lookups.iter().position(|t| t.table == lookup.table);
+    let table = table.ok_or_else(|| missing(&format!("table \"{}\"", lookup.table)))?;
+    let known = &lookups[table].columns;
+    let mut indexes = Vec::new();
+    for name in &lookup.columns {
+        let at = known.iter().position(|c| c.name == *name).ok_or_else(|| missing(&format!("column \"{name}\"")))?;
+        indexes.push(at);
+        columns.push(OutColumn::new(name, Type::from_oid(known[at].type_oid, known[at].type_mod)));
     }
-    let mut text = Vec::new();
-    let there = write_text(relation.columns[at].ty(), cell, &mut text).map_err(|e| failed(&e))?;
-    let text = String::from_utf8(text).map_err(|e| failed(&e))?;
-    Ok(Some(there.then_some(text)))
-}
-
-fn empty_caches(header: &BaseHeader) -> Vec<Cache> {
-    header.tables.iter().map(|table| Cache { table: table.clone(), rows: HashMap::new() }).collect()
+    Ok(Join { on, table, columns: indexes })
 }
 
 fn refuse_double_names(table: &str, columns: &[OutColumn]) -> Result<()> {
@@ -389,9 +310,10 @@ fn refused(dir: &Path, found: String) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::state::{ColumnType, LookupTable};
     use super::*;
-    use crate::lsn::Position;
-    use crate::pgoutput::{Message, parse};
+    use crate::change::RowChange;
+    use crate::pgoutput::{Message, Tuple, parse};
     use crate::schema::Column;
 
     fn row(cells: &[Option<&str>]) -> Vec<u8> {

@@ -13,8 +13,9 @@ use crate::error::Result;
 use crate::lsn::Checkpoint;
 use crate::sink::discard::Discard;
 use crate::sink::{Durable, Sink, Stored};
+use crate::source::chunk::Chunk;
 use crate::source::slot::WireForm;
-use crate::source::stream::{Chunk, Stream};
+use crate::source::stream::Stream;
 use crate::world::World;
 
 /// A running session.

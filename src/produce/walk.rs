@@ -17,8 +17,8 @@ use crate::lsn::{Checkpoint, Lsn, Position};
 use crate::pgoutput::{self, Cell, Old, Tuple};
 use crate::schema::Relation;
 use crate::sink::Sink;
+use crate::source::chunk::{Chunk, Frame};
 use crate::source::slot::{self, WireForm};
-use crate::source::stream::{Chunk, Frame};
 
 /// Everything the walk knows between two messages.
 pub(super) struct Walk {

@@ -2,6 +2,7 @@
 //!
 //! One way in for both clients (SQL and replication): the same hosts, the same TLS rules, the same errors.
 
+mod login;
 mod passfile;
 mod settings;
 mod stream;
@@ -15,6 +16,8 @@ use std::time::Duration;
 
 use tokio_postgres::{Client, NoTls};
 
+pub use self::login::sql_error;
+pub(super) use self::login::{Login, is_transient};
 use self::settings::Settings;
 pub use self::stream::Stream;
 use self::tls::{Mode, Roots, Ssl};
@@ -70,18 +73,6 @@ struct Tcp {
     interval: Duration,
     count: u32,
     user_timeout: Option<Duration>,
-}
-
-/// What a session's start needs to know.
-pub(super) struct Login<'a> {
-    pub user: &'a str,
-    pub dbname: &'a str,
-    pub password: Option<&'a str>,
-    pub application_name: &'a str,
-    /// Command-line options of the session: the user's, then ours.
-    pub options: String,
-    /// The server, for messages.
-    pub what: String,
 }
 
 /// A session that can be started on an open connection.
@@ -239,101 +230,13 @@ impl Session for Client {
         if let Some(password) = login.password {
             config.password(password);
         }
-        let (client, connection) = config.connect_raw(stream, NoTls).await.map_err(|e| start_error(login, &e))?;
+        let (client, connection) = config.connect_raw(stream, NoTls).await.map_err(|e| login.start_error(&e))?;
         tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "SQL connection ended");
             }
         });
         Ok(client)
-    }
-}
-
-fn start_error(login: &Login<'_>, e: &tokio_postgres::Error) -> Error {
-    if let Some(db) = e.as_db_error() {
-        return login.refusal(db.code().code(), db.message());
-    }
-    match std::error::Error::source(e).and_then(|s| s.downcast_ref::<std::io::Error>()) {
-        Some(io) if io.kind() != std::io::ErrorKind::InvalidInput => Error::unreachable(&login.what, io),
-        _ if e.is_closed() => Error::unreachable(&login.what, e),
-        _ => login.no_password(&e.to_string()),
-    }
-}
-
-/// Sorts an error of a running SQL session: the server went away, it refuses for want of rights, or the statement is wrong.
-pub fn sql_error(doing: &str, e: &tokio_postgres::Error) -> Error {
-    let Some(db) = e.as_db_error() else {
-        let broken = e.is_closed() || std::error::Error::source(e).is_some_and(|s| s.is::<std::io::Error>());
-        return if broken { Error::unreachable("Postgres", format!("{doing}: {e}")) } else { Error::fatal(doing, e) };
-    };
-    let text = format!("{doing}: {} (SQLSTATE {})", db.message(), db.code().code());
-    match db.code().code() {
-        code if is_transient(code) => Error::unreachable("Postgres", text),
-        "42501" => Error::refused(
-            "postgres_rights",
-            text,
-            "SELECT on the published tables, USAGE on their schemas",
-            "GRANT what is named to the role of [postgres].url",
-        ),
-        _ => Error::Fatal(text),
-    }
-}
-
-/// SQLSTATEs of a server that is starting, stopping, full or out of something: later it may work.
-pub(super) fn is_transient(sqlstate: &str) -> bool {
-    matches!(sqlstate, "57P01" | "57P02" | "57P03") || ["08", "53", "58"].contains(&&sqlstate[..2.min(sqlstate.len())])
-}
-
-impl Login<'_> {
-    /// The error for an ErrorResponse during the start of a session.
-    pub(super) fn refusal(&self, sqlstate: &str, message: &str) -> Error {
-        let Self { user, dbname, what, .. } = self;
-        if is_transient(sqlstate) {
-            return Error::unreachable(what, format!("{message} (SQLSTATE {sqlstate})"));
-        }
-        let (check, needed, fix) = match sqlstate {
-            "28P01" if self.password.is_some() => (
-                "postgres_password",
-                format!("the password of role \"{user}\""),
-                "mend it in [postgres].url, PGPASSWORD or ~/.pgpass".to_owned(),
-            ),
-            "28P01" => return self.no_password(message),
-            "3D000" => (
-                "postgres_database",
-                format!("the database \"{dbname}\""),
-                format!("createdb {dbname}, or mend the database in [postgres].url"),
-            ),
-            "42501" => (
-                "role_replication",
-                format!("role \"{user}\" may connect to \"{dbname}\" and has REPLICATION"),
-                format!("ALTER ROLE {} REPLICATION; (as a superuser)", super::wire::ident(user)),
-            ),
-            "28000" => (
-                "postgres_login",
-                format!("the role \"{user}\", and a line of pg_hba.conf that lets it into \"{dbname}\""),
-                format!(
-                    "CREATE ROLE {} LOGIN REPLICATION, or add `host {dbname} {user} ADDRESS/32 scram-sha-256` to \
-                     pg_hba.conf and SELECT pg_reload_conf()",
-                    super::wire::ident(user)
-                ),
-            ),
-            _ => (
-                "postgres_settings",
-                "a session with the settings given".to_owned(),
-                "mend [postgres].url, PGOPTIONS or the server as the message says".to_owned(),
-            ),
-        };
-        Error::refused(check, format!("{what}: {message} (SQLSTATE {sqlstate})"), needed, fix)
-    }
-
-    /// The refusal when the server asks for a password and there is none, or the exchange fails.
-    pub(super) fn no_password(&self, why: &str) -> Error {
-        Error::refused(
-            "postgres_password",
-            format!("{}: {why}", self.what),
-            format!("a password for role \"{}\", database \"{}\"", self.user, self.dbname),
-            "set PGPASSWORD, a line in ~/.pgpass (chmod 0600), or a password in [postgres].url",
-        )
     }
 }
 

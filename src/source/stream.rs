@@ -7,14 +7,16 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use pgwire_replication::protocol::messages::ErrorFields;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::runtime::Runtime;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
+use super::chunk::Chunk;
+use super::pace::Pace;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::pgoutput::EPOCH_MICROS;
@@ -36,55 +38,6 @@ pub struct Stream {
     chunks: mpsc::UnboundedReceiver<Result<Chunk>>,
     flush: watch::Sender<Lsn>,
     finish: CancellationToken,
-}
-
-/// Whole messages as they came off the wire, in one buffer.
-pub struct Chunk {
-    bytes: Bytes,
-    _share: OwnedSemaphorePermit,
-}
-
-/// One CopyData message.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Frame<'a> {
-    /// XLogData: a pgoutput message.
-    Data(&'a [u8]),
-    /// Primary keepalive: everything committed below `wal_end` has been sent.
-    Keepalive {
-        /// End of what the server has decoded and handed over.
-        wal_end: Lsn,
-        /// The server wants feedback now; on a shutdown it waits for `wal_end` to be acknowledged.
-        reply: bool,
-    },
-}
-
-impl Chunk {
-    /// Its frames in order. The reader has checked their lengths.
-    pub fn frames(&self) -> impl Iterator<Item = Frame<'_>> {
-        let mut rest = &self.bytes[..];
-        std::iter::from_fn(move || {
-            let (payload, after) = split_message(rest)?;
-            rest = after;
-            frame(payload)
-        })
-    }
-}
-
-/// Payload of the first message and what follows it; the tag has been checked to be `d`.
-fn split_message(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let length = u32::from_be_bytes(*bytes.get(1..)?.first_chunk()?) as usize;
-    Some((bytes.get(5..=length)?, bytes.get(length + 1..)?))
-}
-
-fn frame(payload: &[u8]) -> Option<Frame<'_>> {
-    match payload {
-        [b'w', rest @ ..] => Some(Frame::Data(rest.get(24..)?)),
-        [b'k', rest @ ..] => Some(Frame::Keepalive {
-            wal_end: Lsn(u64::from_be_bytes(*rest.first_chunk()?)),
-            reply: *rest.get(16)? == 1,
-        }),
-        _ => None,
-    }
 }
 
 impl Stream {
@@ -371,36 +324,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<S> {
             if self.connection.read_buf(&mut self.buffer).await.map_err(broken)? == 0 {
                 return Ok(());
             }
-        }
-    }
-}
-
-/// Lets the socket fill while much is coming, and reads at once while little is.
-#[derive(Default)]
-struct Pace {
-    window: Option<Instant>,
-    bytes: usize,
-    busy: bool,
-}
-
-impl Pace {
-    /// Length of the window in which the rate is taken.
-    const WINDOW: Duration = Duration::from_millis(5);
-    /// A backlog comes faster than this many bytes a window (8 MB/s); live traffic hardly ever does.
-    const BUSY: usize = 40_000;
-    const PAUSE: Duration = Duration::from_micros(500);
-
-    fn after(&mut self, read: usize) {
-        self.bytes += read;
-        let since = *self.window.get_or_insert_with(Instant::now);
-        if since.elapsed() >= Self::WINDOW {
-            let share = since.elapsed().as_micros() / Self::WINDOW.as_micros();
-            self.busy = self.bytes as u128 >= Self::BUSY as u128 * share.max(1);
-            (self.window, self.bytes) = (None, 0);
-        }
-        if self.busy && read < GULP / 2 {
-            // The thread is the reader's own. tokio's timer has a grain of a millisecond, which is too coarse here.
-            std::thread::sleep(Self::PAUSE);
         }
     }
 }

@@ -118,8 +118,8 @@ impl BigQuery {
     /// # Errors
     /// As [`BigQuery::job`]; a location other than the configured one is refused.
     pub async fn ensure_dataset(&self) -> Result<()> {
-        if let Answer::Is(found) = self.find_dataset().await? {
-            return self.check_location(found.location.as_deref());
+        if self.has_dataset().await? {
+            return Ok(());
         }
         let wanted = Dataset::new(&self.project, &self.dataset).location(&self.location);
         let doing = format!("creating data set {}", self.target());
@@ -131,6 +131,17 @@ impl BigQuery {
                 Answer::Is(_) => Ok(()),
                 _ => Err(error),
             },
+        }
+    }
+
+    /// Whether the data set is there, at the configured location. Makes nothing.
+    ///
+    /// # Errors
+    /// As [`BigQuery::job`]; another location is refused.
+    pub async fn has_dataset(&self) -> Result<bool> {
+        match self.find_dataset().await? {
+            Answer::Is(found) => self.check_location(found.location.as_deref()).map(|()| true),
+            Answer::Absent | Answer::Exists => Ok(false),
         }
     }
 

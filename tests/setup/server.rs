@@ -50,10 +50,6 @@ impl Server {
         stack(&self.dir, &["up", "postgres"]);
     }
 
-    pub fn stop(&self) {
-        stack(&self.dir, &["stop", "postgres"]);
-    }
-
     /// Switches TLS on, with a certificate for `localhost` signed by `root.crt`; `other.crt` has signed nothing.
     pub async fn tls(&self) {
         let dir = self.certificates.path();

@@ -189,7 +189,7 @@ impl ServerCertVerifier for Verifier {
                 Err(rustls::Error::InvalidCertificate(
                     CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
                 )) => {}
-                other => other.map(|_| ())?,
+                other => _ = other?,
             }
         }
         if self.name {

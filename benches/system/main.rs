@@ -1,0 +1,94 @@
+//! The whole system against real servers: how fast each way out of Postgres is beside `pg_recvlogical -f /dev/null`, what it
+//! costs, and what is in the sinks afterwards. `make bench` starts the servers and runs it; docs/benchmarks.md has the method.
+
+mod latency;
+mod load;
+mod plan;
+mod process;
+mod reader;
+mod report;
+mod sinks;
+mod stack;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+
+use plan::Workload;
+use reader::Run;
+use report::Figures;
+use stack::Stack;
+
+#[tokio::main]
+async fn main() -> Result<ExitCode> {
+    let quick = std::env::var("QUICK").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
+    let figures = measure(quick).await?;
+    let raw = keep(&figures)?;
+    println!("\n{}", figures.markdown());
+    println!("Raw figures: {}\n", raw.display());
+    let verdicts = figures.verdicts();
+    for verdict in &verdicts {
+        println!("{}  {}", if verdict.held { "held  " } else { "MISSED" }, verdict.text);
+    }
+    let missed = verdicts.iter().filter(|v| !v.held).count();
+    println!("{} bars held, {missed} missed", verdicts.len() - missed);
+    Ok(if missed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn measure(quick: bool) -> Result<Figures> {
+    let (workloads, latency) = plan::plan(quick);
+    let stack = Stack::open().await?;
+    let machine = stack.machine().await?;
+    if machine.load > 1.0 {
+        eprintln!(
+            "bench     the load average is {}: others work on this machine, the figures will wander",
+            machine.load
+        );
+    }
+    std::fs::create_dir_all(&stack.dir)?;
+    load::prepare(&stack).await?;
+    let (mut measured, mut runs) = (Vec::new(), Vec::new());
+    for workload in workloads {
+        eprintln!("bench     {}: writing {} rows", workload.name, workload.rows);
+        let backlog = load::load(&stack, workload).await?;
+        measured.push((workload, backlog.row_bytes));
+        take_turns(&stack, &backlog, &mut runs).await?;
+        stack.drop_slot(&backlog.slot).await?;
+    }
+    eprintln!("bench     latency at {} events/s for {} s", plan::LATENCY_RATE, latency.as_secs());
+    let latency = latency::measure(&stack, latency).await?;
+    let micro = report::micro(&target().join("criterion"));
+    Ok(Figures { machine, workloads: measured, runs, latency, micro })
+}
+
+/// A B C A B C …: what drifts in the machine meets all readers alike.
+async fn take_turns(stack: &Stack, backlog: &load::Backlog, runs: &mut Vec<Run>) -> Result<()> {
+    let Workload { name, rounds, readers, .. } = backlog.workload;
+    for round in 1..=rounds {
+        for reader in readers {
+            let run = reader::run(stack, backlog, *reader, runs.len()).await;
+            let run = run.with_context(|| format!("{name}, {reader}, round {round}"))?;
+            let rate = run.rows_per_second / 1000.0;
+            eprintln!("bench     {name}, round {round} of {rounds}: {reader:<30} {rate:>5.0}k rows/s");
+            runs.push(run);
+        }
+    }
+    Ok(())
+}
+
+/// Writes the raw figures; each run of the bench has its own file.
+fn keep(figures: &Figures) -> Result<PathBuf> {
+    let dir = target().join("bench");
+    std::fs::create_dir_all(&dir)?;
+    let time = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
+    let file = dir.join(format!("{time}.json"));
+    std::fs::write(&file, serde_json::to_vec_pretty(figures)?)?;
+    Ok(file)
+}
+
+/// Cargo's target directory.
+fn target() -> &'static Path {
+    let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    tmp.parent().unwrap_or(tmp)
+}

@@ -1,0 +1,192 @@
+//! One process from start to exit: how long it takes, and the CPU and memory that it costs, here and in the servers.
+
+use std::fs;
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+
+/// How often /proc is looked at.
+const SAMPLE: Duration = Duration::from_millis(10);
+/// A reader that has not come to its end by then never will.
+const LIMIT: Duration = Duration::from_secs(600);
+/// `sysconf(_SC_CLK_TCK)`: 100 on every Linux (USER_HZ is part of its ABI).
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// Processes of the servers.
+#[derive(Clone, Copy, Debug)]
+pub struct Servers {
+    /// The postmaster.
+    pub postgres: u32,
+    /// The broker.
+    pub kafka: u32,
+}
+
+/// CPU seconds, user and system.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Cpu {
+    /// Of the process itself.
+    pub client: f64,
+    /// Of the server process that decodes for it.
+    pub walsender: f64,
+    /// Of the Kafka broker, meanwhile.
+    pub broker: f64,
+}
+
+/// A process that has ended well.
+#[derive(Debug)]
+pub struct Finished {
+    /// From start to exit.
+    pub seconds: f64,
+    /// What it cost.
+    pub cpu: Cpu,
+    /// Peak resident memory in bytes.
+    pub peak_rss: u64,
+    /// All that it printed.
+    pub stdout: String,
+    /// All that it logged.
+    pub stderr: String,
+}
+
+/// Runs a command to its end. An exit code other than 0 is an error with the end of its log.
+pub fn run(mut command: Command, servers: Servers) -> Result<Finished> {
+    let broker = cpu_seconds(servers.kafka).context("the broker is gone")?;
+    let began = Instant::now();
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
+    let watch = Watch::start(child.id(), servers.postgres);
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    let err = thread::spawn(move || text(err));
+    let stdout = text(out)?;
+    let stderr = err.join().map_err(|_| anyhow::anyhow!("the reader of stderr panicked"))??;
+    // Its pipes have closed: it is ending now. As a zombie it still shows its CPU time.
+    let client = cpu_at_end(child.id());
+    let seconds = began.elapsed().as_secs_f64();
+    let seen = watch.stop()?;
+    let status = child.wait()?;
+    ensure!(status.success(), "{command:?}: {status}\n{}", tail(&stderr));
+    let cpu = Cpu {
+        client: client?,
+        walsender: seen.walsender_cpu,
+        broker: cpu_seconds(servers.kafka).context("the broker is gone")? - broker,
+    };
+    Ok(Finished { seconds, cpu, peak_rss: seen.peak_rss, stdout, stderr })
+}
+
+/// Asks a process to end.
+pub fn signal(name: &str, pid: u32) -> Result<()> {
+    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().context("running kill")?;
+    ensure!(status.success(), "kill -{name} {pid}: {status}");
+    Ok(())
+}
+
+/// Peak resident memory so far in bytes, while the process lives.
+pub fn peak_rss(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+fn text(pipe: Option<impl Read>) -> Result<String> {
+    let mut text = String::new();
+    pipe.context("a pipe was asked for")?.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
+}
+
+fn cpu_at_end(pid: u32) -> Result<f64> {
+    let deadline = Instant::now() + LIMIT;
+    while Instant::now() < deadline {
+        let stat = Stat::read(pid).context("a child that was not waited for is gone")?;
+        if stat.state == "Z" {
+            return Ok(stat.cpu_seconds);
+        }
+        thread::sleep(Duration::from_micros(200));
+    }
+    bail!("process {pid} closed its output and does not end")
+}
+
+/// What is seen of a process while it runs.
+#[derive(Debug, Default)]
+struct Seen {
+    peak_rss: u64,
+    walsender_cpu: f64,
+    killed: bool,
+}
+
+struct Watch {
+    stop: Sender<()>,
+    thread: JoinHandle<Seen>,
+}
+
+impl Watch {
+    fn start(pid: u32, postmaster: u32) -> Self {
+        let (stop, stopped) = channel();
+        Self { stop, thread: thread::spawn(move || watch(pid, postmaster, &stopped)) }
+    }
+
+    fn stop(self) -> Result<Seen> {
+        drop(self.stop);
+        let seen = self.thread.join().map_err(|_| anyhow::anyhow!("the watch panicked"))?;
+        ensure!(!seen.killed, "it did not end within {LIMIT:?} and was killed");
+        Ok(seen)
+    }
+}
+
+/// The walsender ends with its client and is gone at once, so the last look before that counts.
+fn watch(pid: u32, postmaster: u32, stopped: &Receiver<()>) -> Seen {
+    let (mut seen, mut sender, began) = (Seen::default(), None, Instant::now());
+    while stopped.recv_timeout(SAMPLE) == Err(RecvTimeoutError::Timeout) {
+        seen.peak_rss = seen.peak_rss.max(peak_rss(pid).unwrap_or(0));
+        sender = sender.or_else(|| walsender(postmaster));
+        if let Some(cpu) = sender.and_then(cpu_seconds) {
+            seen.walsender_cpu = cpu;
+        }
+        if began.elapsed() > LIMIT && !seen.killed {
+            seen.killed = signal("KILL", pid).is_ok();
+        }
+    }
+    seen
+}
+
+/// The one process of this server that streams.
+fn walsender(postmaster: u32) -> Option<u32> {
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(|pid| {
+        let title = || fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        Stat::read(*pid).is_some_and(|s| s.parent == postmaster) && title().contains("walsender")
+    })
+}
+
+fn cpu_seconds(pid: u32) -> Option<f64> {
+    Stat::read(pid).map(|s| s.cpu_seconds)
+}
+
+/// Fields of /proc/PID/stat (proc(5)).
+struct Stat {
+    state: String,
+    parent: u32,
+    cpu_seconds: f64,
+}
+
+impl Stat {
+    fn read(pid: u32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name before it may hold blanks and brackets.
+        let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
+        let ticks = |at: usize| fields.get(at)?.parse::<f64>().ok();
+        Some(Self {
+            state: fields.first()?.to_string(),
+            parent: fields.get(1)?.parse().ok()?,
+            cpu_seconds: (ticks(11)? + ticks(12)?) / TICKS_PER_SECOND,
+        })
+    }
+}

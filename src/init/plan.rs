@@ -1,0 +1,364 @@
+//! What is there, what is missing, and how it is made.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use tokio_postgres::Client;
+use tracing::info;
+
+use super::base::{self, Lookup};
+use crate::check::peers::writable;
+use crate::check::postgres as require;
+use crate::cli;
+use crate::config::{Config, SinkName};
+use crate::enrich::state::{self, BaseHeader};
+use crate::error::{Error, Result};
+use crate::kafka;
+use crate::lsn::{Lsn, SlotIdentity};
+use crate::source::catalog::{self, Table};
+use crate::source::conn::{Conninfo, sql_error};
+use crate::source::slot;
+use crate::source::wire::{Wire, WireError, ident};
+use crate::world::{World, print};
+
+/// The tables of the engagement schema.
+const TABLES: &str = include_str!("../../sql/01_tables.sql");
+/// Their names, as `TABLES` makes them.
+const TABLE_NAMES: [&str; 2] = ["content", "engagement_events"];
+const APPLICATION: &str = "falaj init";
+
+/// The checkpoint topic holds one live record: compaction soon after a segment is full keeps reading it short.
+const CHECKPOINT: &[(&str, &str)] =
+    &[("cleanup.policy", "compact"), ("segment.bytes", "1048576"), ("min.cleanable.dirty.ratio", "0.01")];
+
+/// The steps that are missing, and a word on what is there.
+pub(super) struct Plan {
+    conninfo: Conninfo,
+    client: Client,
+    identity: SlotIdentity,
+    present: Vec<String>,
+    steps: Vec<Step>,
+}
+
+/// One change.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    Tables,
+    Publication { name: String, tables: Vec<String>, sql: String },
+    Topic { name: String, partitions: i32, settings: &'static [(&'static str, &'static str)] },
+    Slot { name: String, state: String },
+    Adopt { name: String, state: String, confirmed: Lsn },
+}
+
+impl Plan {
+    /// Looks at everything and changes nothing.
+    pub(super) async fn make(world: &World, args: &cli::Init) -> Result<Self> {
+        let config = &world.config;
+        let conninfo = Conninfo::parse(&config.postgres.url)?;
+        let client = world.at_start("postgres", || conninfo.sql(APPLICATION)).await?;
+        require::version(&client).await?;
+        require::wal_level(&client).await?;
+        let identity = require::identity(&conninfo, &config.postgres.slot).await?;
+        let mut plan = Self { conninfo, client, identity, present: Vec::new(), steps: Vec::new() };
+        let made = if args.with_tables { plan.plan_tables().await? } else { Vec::new() };
+        let published = plan.plan_publication(config, &made).await?;
+        if config.produce.sinks.contains(&SinkName::Kafka) {
+            plan.plan_topics(world, &published).await?;
+        }
+        plan.plan_slot(config, args.adopt_slot).await?;
+        Ok(plan)
+    }
+
+    /// Whether nothing is missing.
+    pub(super) fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// Carries every step out, in order: the slot comes last, so that nothing holds WAL back before all else is there.
+    pub(super) async fn carry_out(&self, world: &World) -> Result<()> {
+        for step in &self.steps {
+            self.carry_out_step(world, step).await?;
+            print(&format!("  made {}\n", step.noun()))?;
+        }
+        Ok(())
+    }
+
+    async fn plan_tables(&mut self) -> Result<Vec<String>> {
+        let mut missing = Vec::new();
+        for name in TABLE_NAMES {
+            if catalog::table(&self.client, name).await?.is_none() {
+                missing.push(name.to_owned());
+            }
+        }
+        if missing.is_empty() {
+            self.present.push(format!("tables {}", TABLE_NAMES.join(", ")));
+        } else {
+            self.steps.push(Step::Tables);
+        }
+        Ok(missing)
+    }
+
+    /// Gives the names of the published tables: those of a publication that exists, else those that one can be made of.
+    async fn plan_publication(&mut self, config: &Config, made: &[String]) -> Result<Vec<String>> {
+        let name = &config.postgres.publication;
+        if require::publication_exists(&self.client, name).await? {
+            let tables = catalog::published(&self.client, name).await?;
+            base::lookups(&tables, &config.tables)?;
+            let names: Vec<_> = tables.iter().map(|t| t.relation.table()).collect();
+            self.present.push(format!("publication \"{name}\": {}", list(&names)));
+            return Ok(names);
+        }
+        let mut tables = Vec::new();
+        for wanted in configured(config) {
+            match catalog::table(&self.client, &wanted).await? {
+                Some(table) => tables.push((wanted, table.sql_name())),
+                None if made.contains(&wanted) => tables.push((wanted.clone(), format!("public.{}", ident(&wanted)))),
+                None => {}
+            }
+        }
+        if tables.is_empty() {
+            return Err(Error::refused(
+                "publication",
+                format!(
+                    "no publication \"{name}\", and none of the configured tables: {}",
+                    configured(config).join(", ")
+                ),
+                "a publication of the tables to stream",
+                "falaj init --with-tables, or name your tables in [[table]], or CREATE PUBLICATION by hand",
+            ));
+        }
+        let (names, quoted): (Vec<_>, Vec<_>) = tables.into_iter().unzip();
+        // What comes from a partition is the partitioned table's.
+        let sql = format!(
+            "CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true)",
+            ident(name),
+            quoted.join(", ")
+        );
+        self.steps.push(Step::Publication { name: name.clone(), tables: names.clone(), sql });
+        Ok(names)
+    }
+
+    async fn plan_topics(&mut self, world: &World, published: &[String]) -> Result<()> {
+        let config = &world.config;
+        let existing = world.at_start("kafka", || topics(config)).await?;
+        let rows = published.iter().map(|t| (config.topic(t), config.kafka.partitions, &[][..]));
+        let own = [(config.checkpoint_topic(), 1, CHECKPOINT), (config.dead_letter_topic(), 1, &[][..])];
+        let mut present = Vec::new();
+        for (name, partitions, settings) in rows.chain(own) {
+            if existing.contains_key(&name) {
+                present.push(name);
+            } else {
+                self.steps.push(Step::Topic { name, partitions, settings });
+            }
+        }
+        if !present.is_empty() {
+            self.present.push(format!("topics {}", present.join(", ")));
+        }
+        Ok(())
+    }
+
+    async fn plan_slot(&mut self, config: &Config, adopt: bool) -> Result<()> {
+        let name = config.postgres.slot.clone();
+        let state = config.state.dir.display().to_string();
+        writable("state_dir", "state.dir", &config.state.dir)?;
+        let base = state::header(&config.state.dir)?;
+        require::state_is_ours(&config.state.dir, base.as_ref(), &self.identity)?;
+        let Some(found) = slot::read(&self.client, &name).await? else {
+            require::free_slot(&self.client, &name).await?;
+            self.steps.push(Step::Slot { name, state });
+            return Ok(());
+        };
+        let found = slot::require(&name, Some(found), self.conninfo.dbname())?;
+        if base.is_some() && !adopt {
+            self.present.push(format!("slot \"{name}\" at {}, lookup rows in {state}", found.confirmed_flush_lsn));
+            return Ok(());
+        }
+        if !adopt {
+            return Err(require::unknown_state(&config.state.dir, &name));
+        }
+        if let Some(pid) = found.active_pid {
+            return Err(Error::refused(
+                "slot",
+                format!("slot \"{name}\" is in use by pid {pid}"),
+                "a slot that nobody reads while its lookup rows are rebuilt",
+                "stop that falaj produce (or run) first",
+            ));
+        }
+        self.steps.push(Step::Adopt { name, state, confirmed: found.confirmed_flush_lsn });
+        Ok(())
+    }
+
+    async fn carry_out_step(&self, world: &World, step: &Step) -> Result<()> {
+        let config = &world.config;
+        match step {
+            Step::Tables => {
+                self.client.batch_execute(TABLES).await.map_err(|e| refused_sql("tables", "sql/01_tables.sql", &e))
+            }
+            Step::Publication { sql, .. } => {
+                self.client.batch_execute(sql).await.map_err(|e| refused_sql("publication", sql, &e))
+            }
+            Step::Topic { name, partitions, settings } => {
+                kafka::create_topic(&config.kafka, name, *partitions, settings).await
+            }
+            Step::Slot { .. } => self.create_slot(world).await,
+            Step::Adopt { confirmed, .. } => self.adopt_slot(config, *confirmed).await,
+        }
+    }
+
+    /// Creates the slot and writes the lookup rows from its snapshot. A slot whose rows cannot be written is dropped again.
+    async fn create_slot(&self, world: &World) -> Result<()> {
+        let config = &world.config;
+        let slot = &config.postgres.slot;
+        // Looked up before the slot exists, so that a refusal leaves nothing behind.
+        let lookups = self.lookups(config).await?;
+        let mut wire = Wire::connect(&self.conninfo, APPLICATION).await?;
+        let (at, snapshot) = tokio::select! {
+            made = new_slot(&mut wire, slot) => made?,
+            never = said_waiting() => match never {},
+            () = world.stop.cancelled() => return Err(Error::Fatal("shut down; no slot was made".into())),
+        };
+        let written = tokio::select! {
+            written = self.write_base(config, Some(&snapshot), at, &lookups) => written,
+            () = world.stop.cancelled() => Err(Error::Fatal("shut down while writing the lookup rows".into())),
+        };
+        let Err(error) = written else { return Ok(()) };
+        match wire.query(&format!("DROP_REPLICATION_SLOT {}", ident(slot))).await {
+            Ok(_) => {
+                tracing::error!("the lookup rows could not be written; the slot \"{slot}\" just made was dropped again")
+            }
+            Err(drop) => tracing::error!(
+                error = %drop,
+                "the lookup rows could not be written, and the slot just made is still there: SELECT pg_drop_replication_slot('{slot}')"
+            ),
+        }
+        Err(error)
+    }
+
+    async fn adopt_slot(&self, config: &Config, confirmed: Lsn) -> Result<()> {
+        let lookups = self.lookups(config).await?;
+        self.write_base(config, None, confirmed, &lookups).await
+    }
+
+    async fn lookups(&self, config: &Config) -> Result<Vec<Lookup>> {
+        let published: Vec<Table> = catalog::published(&self.client, &config.postgres.publication).await?;
+        base::lookups(&published, &config.tables)
+    }
+
+    async fn write_base(&self, config: &Config, snapshot: Option<&str>, at: Lsn, lookups: &[Lookup]) -> Result<()> {
+        let header = BaseHeader {
+            version: 1,
+            identity: self.identity.clone(),
+            lsn: at,
+            origin: at,
+            adopted: snapshot.is_none(),
+            tables: lookups.iter().map(|l| l.table.clone()).collect(),
+        };
+        let rows = base::write(&self.client, snapshot, &header, lookups, &config.state.dir).await?;
+        info!(%at, rows, dir = %config.state.dir.display(), "lookup rows written");
+        Ok(())
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.conninfo)?;
+        self.present.iter().try_for_each(|p| writeln!(f, "  =  {p}"))?;
+        self.steps.iter().try_for_each(|s| writeln!(f, "  +  {s}"))
+    }
+}
+
+impl Step {
+    fn noun(&self) -> String {
+        match self {
+            Self::Tables => format!("tables {}", TABLE_NAMES.join(", ")),
+            Self::Publication { name, .. } => format!("publication \"{name}\""),
+            Self::Topic { name, .. } => format!("topic {name}"),
+            Self::Slot { name, state } => format!("slot \"{name}\", with the lookup rows in {state}"),
+            Self::Adopt { state, .. } => format!("lookup rows in {state}"),
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tables => write!(f, "{} (sql/01_tables.sql)", self.noun()),
+            Self::Publication { tables, .. } => write!(f, "{} for {}", self.noun(), list(tables)),
+            Self::Topic { partitions, settings, .. } => {
+                write!(f, "{}, {partitions} partition{}", self.noun(), if *partitions == 1 { "" } else { "s" })?;
+                if settings.is_empty() { Ok(()) } else { write!(f, ", compacted") }
+            }
+            Self::Slot { .. } => write!(f, "{}, as of where it begins", self.noun()),
+            Self::Adopt { name, state, confirmed } => write!(
+                f,
+                "adopt slot \"{name}\" at {confirmed}: lookup rows of now in {state}; \
+                 events from before now are enriched with the rows of now, not with those of their own time"
+            ),
+        }
+    }
+}
+
+/// The configured tables and their lookup tables, each once.
+fn configured(config: &Config) -> Vec<String> {
+    let lookups = config.tables.iter().filter_map(|t| t.lookup.as_ref()).map(|l| &l.table);
+    let mut names: Vec<String> = Vec::new();
+    for name in config.tables.iter().map(|t| &t.name).chain(lookups) {
+        if !names.contains(name) {
+            names.push(name.clone());
+        }
+    }
+    names
+}
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() { "no table".to_owned() } else { names.join(", ") }
+}
+
+async fn topics(config: &std::sync::Arc<Config>) -> Result<BTreeMap<String, usize>> {
+    let config = config.clone();
+    let read = move || kafka::topics(&config.kafka, kafka::TIMEOUT);
+    tokio::task::spawn_blocking(read).await.map_err(|e| Error::fatal("reading the topics", e))?
+}
+
+/// Creates the slot. Gives its consistent point and the snapshot's name, which holds until the next command.
+async fn new_slot(wire: &mut Wire, slot: &str) -> Result<(Lsn, String)> {
+    // The older spelling of SNAPSHOT 'export': Postgres 14 knows no other.
+    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput EXPORT_SNAPSHOT", ident(slot));
+    let rows = wire.query(&command).await.map_err(|e| match e {
+        WireError::Server(e) if e.code == "42710" => Error::refused(
+            "slot",
+            e.to_string(),
+            "a name that no other slot has",
+            "run falaj init again, or choose another postgres.slot",
+        ),
+        other => other.into_error("CREATE_REPLICATION_SLOT"),
+    })?;
+    match rows.into_iter().next().map(Vec::into_iter).map(Iterator::flatten).map(Iterator::collect::<Vec<_>>).as_deref()
+    {
+        Some([_, at, snapshot, _]) => match at.parse() {
+            Ok(at) => Ok((at, snapshot.clone())),
+            Err(e) => Err(Error::fatal("CREATE_REPLICATION_SLOT", e)),
+        },
+        other => Err(Error::fatal("CREATE_REPLICATION_SLOT", format_args!("the answer {other:?}"))),
+    }
+}
+
+/// Postgres makes a slot only once every running transaction has ended; says so when that takes long. Never ends.
+async fn said_waiting() -> std::convert::Infallible {
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    info!("waiting for running transactions to end: a slot begins between them (see pg_stat_activity.xact_start)");
+    std::future::pending().await
+}
+
+fn refused_sql(check: &'static str, sql: &str, e: &tokio_postgres::Error) -> Error {
+    match e.as_db_error() {
+        Some(db) if !e.is_closed() => Error::refused(
+            check,
+            format!("{sql}: {} (SQLSTATE {})", db.message(), db.code().code()),
+            "the right to create it (owner of the tables, or superuser)",
+            format!("run it once as such a role: {sql}"),
+        ),
+        _ => sql_error(sql, e),
+    }
+}

@@ -1,0 +1,208 @@
+//! The producing thread: owns the producer and the open Kafka transaction, and decides when it is closed.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::OwnedHeaders;
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+
+use super::position::CheckpointRecord;
+use crate::config::{self, Config};
+use crate::error::{Error, Result};
+use crate::kafka::{TIMEOUT, client_over, error};
+use crate::lsn::{Checkpoint, SlotIdentity};
+use crate::sink::worker::{Next, Order, Orders};
+
+/// An open transaction with nothing more coming is closed after this long: a little company halves the broker's work.
+const COMPANY: Duration = Duration::from_millis(4);
+
+/// Records of several events in one buffer, and the position after them.
+pub(super) struct Piece {
+    pub(super) bytes: Vec<u8>,
+    pub(super) records: Vec<Record>,
+    pub(super) topics: Arc<Vec<String>>,
+    pub(super) checkpoint: Checkpoint,
+    /// Commit now, whatever the transaction's size and age.
+    pub(super) now: bool,
+}
+
+pub(super) struct Record {
+    pub(super) topic: usize,
+    pub(super) key: Option<Range<usize>>,
+    pub(super) value: Range<usize>,
+    /// ms since the Unix epoch.
+    pub(super) timestamp: i64,
+    pub(super) partition: Option<i32>,
+    pub(super) headers: Option<OwnedHeaders>,
+}
+
+/// The thread's side: owns the producer and the open Kafka transaction.
+pub(super) struct Committer {
+    producer: BaseProducer,
+    config: config::Kafka,
+    topic: String,
+    identity: SlotIdentity,
+    limit: usize,
+    age: Duration,
+    open: Option<Open>,
+}
+
+struct Open {
+    since: Instant,
+    bytes: usize,
+    checkpoint: Checkpoint,
+}
+
+impl Committer {
+    pub(super) fn new(producer: BaseProducer, config: &Config, identity: SlotIdentity) -> Self {
+        Self {
+            producer,
+            config: config.kafka.clone(),
+            topic: config.checkpoint_topic(),
+            identity,
+            limit: config.produce.transaction_bytes.0,
+            age: config.produce.transaction_age.0,
+            open: None,
+        }
+    }
+
+    pub(super) fn run(mut self, orders: &Orders<Piece>) -> Result<()> {
+        loop {
+            let patience = match &self.open {
+                Some(open) if open.checkpoint.partial.is_none() => Some(COMPANY.saturating_sub(open.since.elapsed())),
+                _ => None,
+            };
+            match orders.next(patience) {
+                Next::Order(Order { what: piece, .. }) => {
+                    self.add(&piece)?;
+                    if self.is_due(piece.now) {
+                        self.commit(orders)?;
+                    }
+                }
+                Next::Quiet => self.commit(orders)?,
+                Next::Gone => return self.roll_back(),
+            }
+        }
+    }
+
+    fn is_due(&self, now: bool) -> bool {
+        let Some(open) = &self.open else { return false };
+        let whole = open.checkpoint.partial.is_none();
+        now || open.bytes >= self.limit || (whole && open.since.elapsed() >= self.age)
+    }
+
+    fn add(&mut self, piece: &Piece) -> Result<()> {
+        if self.open.is_none() {
+            self.producer.begin_transaction().map_err(|e| self.failed(&e))?;
+        }
+        let open = self.open.get_or_insert(Open { since: Instant::now(), bytes: 0, checkpoint: piece.checkpoint });
+        open.bytes += piece.bytes.len();
+        open.checkpoint = piece.checkpoint;
+        for record in &piece.records {
+            self.produce(piece, record)?;
+        }
+        Ok(())
+    }
+
+    fn produce(&self, piece: &Piece, record: &Record) -> Result<()> {
+        let mut out = BaseRecord::<[u8], [u8]>::to(&piece.topics[record.topic])
+            .payload(&piece.bytes[record.value.clone()])
+            .timestamp(record.timestamp);
+        out.key = record.key.clone().map(|key| &piece.bytes[key]);
+        out.partition = record.partition;
+        out.headers.clone_from(&record.headers);
+        self.send(out)
+    }
+
+    /// librdkafka's own queue is bounded; while it is full, wait for the broker.
+    fn send(&self, mut record: BaseRecord<'_, [u8], [u8]>) -> Result<()> {
+        loop {
+            record = match self.producer.send(record) {
+                Ok(()) => return Ok(()),
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => back,
+                Err((e, _)) => return Err(self.failed(&e)),
+            };
+            self.producer.poll(Duration::from_millis(1));
+        }
+    }
+
+    fn commit(&mut self, orders: &Orders<Piece>) -> Result<()> {
+        let Some(Open { checkpoint, since, bytes }) = self.open.take() else { return Ok(()) };
+        let Checkpoint { resume: end_lsn, partial: position } = checkpoint;
+        let record = CheckpointRecord { identity: self.identity.clone(), end_lsn, position };
+        let value = serde_json::to_vec(&record).map_err(|e| Error::fatal("writing a checkpoint", e))?;
+        self.send(
+            BaseRecord::to(&self.topic).key(self.identity.slot.as_bytes()).payload(value.as_slice()).partition(0),
+        )?;
+        self.drain();
+        self.retrying(|p| p.commit_transaction(TIMEOUT))?;
+        orders.durable(checkpoint);
+        metrics::histogram!("falaj_produce_kafka_transaction_seconds").record(since.elapsed().as_secs_f64());
+        metrics::counter!("falaj_produce_kafka_bytes_total").increment(bytes as u64);
+        Ok(())
+    }
+
+    /// Waits until the broker has every record. `commit_transaction` would do so too, but in steps of 100 ms.
+    fn drain(&self) {
+        let client = self.producer.client().native_ptr();
+        // SAFETY: the pointer belongs to `self.producer`, which lives through the call; rd_kafka_flush is thread-safe.
+        // Its result needs no look: what was not delivered makes commit_transaction fail.
+        unsafe { rdkafka::bindings::rd_kafka_flush(client, TIMEOUT.as_millis() as i32) };
+    }
+
+    fn roll_back(self) -> Result<()> {
+        match self.open {
+            None => Ok(()),
+            Some(_) => self.retrying(|p| p.abort_transaction(TIMEOUT)),
+        }
+    }
+
+    /// Retriable errors ask for the same call again; any other one ends this producer, and a new one starts from the
+    /// position that is stored.
+    fn retrying(&self, call: impl Fn(&BaseProducer) -> Result<(), KafkaError>) -> Result<()> {
+        loop {
+            match call(&self.producer) {
+                Ok(()) => return Ok(()),
+                Err(KafkaError::Transaction(e)) if e.is_retriable() && !e.txn_requires_abort() => {}
+                Err(e) => return Err(self.failed(&e)),
+            }
+        }
+    }
+
+    fn failed(&self, e: &KafkaError) -> Error {
+        match self.producer.client().fatal_error() {
+            Some((
+                RDKafkaErrorCode::Fenced | RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::InvalidProducerEpoch,
+                why,
+            )) => Error::Fenced(format!("another producer of pipeline and slot has taken over Kafka: {why}")),
+            _ => error(&self.config, e),
+        }
+    }
+}
+
+/// A producer of this pipeline and slot; its start fences whoever had the id before.
+pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
+    let mut settings = client_over(
+        &config.kafka,
+        &[
+            ("linger.ms", "5"),
+            ("batch.size", "1048576"),
+            ("batch.num.messages", "20000"),
+            ("queue.buffering.max.kbytes", "16384"),
+            ("queue.buffering.max.messages", "200000"),
+            ("transaction.timeout.ms", "60000"),
+            ("message.timeout.ms", "45000"),
+            ("partitioner", "murmur2_random"),
+        ],
+    );
+    settings
+        .set("transactional.id", format!("{}.{slot}", config.pipeline))
+        .set("enable.idempotence", "true")
+        .set("acks", "all")
+        .set("delivery.report.only.error", "true");
+    let producer: BaseProducer = settings.create().map_err(|e| error(&config.kafka, &e))?;
+    producer.init_transactions(TIMEOUT).map_err(|e| error(&config.kafka, &e))?;
+    Ok(producer)
+}

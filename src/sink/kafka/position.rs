@@ -1,0 +1,145 @@
+//! The sink's position: the last record of the checkpoint topic.
+
+use std::time::{Duration, Instant};
+
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::message::Message;
+use rdkafka::{Offset, TopicPartitionList};
+use serde::{Deserialize, Serialize};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::kafka::{TIMEOUT, client, error, partitions};
+use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
+
+/// Value of a checkpoint record; its key is the slot's name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointRecord {
+    /// The stream that the LSNs belong to.
+    pub identity: SlotIdentity,
+    /// Everything committed below it is in.
+    pub end_lsn: Lsn,
+    /// Last event of a transaction that is half in; absent at a transaction boundary.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<Position>,
+}
+
+impl CheckpointRecord {
+    fn checkpoint(&self) -> Checkpoint {
+        Checkpoint { resume: self.end_lsn, partial: self.position }
+    }
+}
+
+/// Topics are made by `init`, never by accident.
+pub(super) fn require_topic(config: &Config, topic: &str) -> Result<()> {
+    match partitions(&config.kafka, topic)? {
+        Some(_) => Ok(()),
+        None => Err(Error::refused(
+            "kafka_topics",
+            format!("topic {topic} does not exist"),
+            "a topic for the checkpoint and one for each published table",
+            "falaj init",
+        )),
+    }
+}
+
+/// The last checkpoint record of this slot.
+pub(super) fn read_position(config: &Config, identity: &SlotIdentity) -> Result<Option<Checkpoint>> {
+    let mut settings = client(&config.kafka);
+    settings
+        .set("group.id", format!("{}.checkpoint", config.pipeline))
+        .set("isolation.level", "read_committed")
+        .set("enable.auto.commit", "false")
+        .set("auto.offset.reset", "error")
+        .set("enable.partition.eof", "true");
+    let consumer: BaseConsumer = settings.create().map_err(|e| error(&config.kafka, &e))?;
+    let topic = config.checkpoint_topic();
+    let (low, high) = consumer.fetch_watermarks(&topic, 0, TIMEOUT).map_err(|e| error(&config.kafka, &e))?;
+    // The newest record is near the end; the whole topic is read only if it is not.
+    for window in [16, 1_000, i64::MAX] {
+        let from = high.saturating_sub(window).max(low);
+        let found = last_record(config, &consumer, &topic, from, identity)?;
+        if found.is_some() || from == low {
+            return Ok(found.map(|r| r.checkpoint()));
+        }
+    }
+    Ok(None)
+}
+
+fn last_record(
+    config: &Config,
+    consumer: &BaseConsumer,
+    topic: &str,
+    from: i64,
+    identity: &SlotIdentity,
+) -> Result<Option<CheckpointRecord>> {
+    let mut assignment = TopicPartitionList::new();
+    let assigned = assignment.add_partition_offset(topic, 0, Offset::Offset(from));
+    assigned.and_then(|()| consumer.assign(&assignment)).map_err(|e| error(&config.kafka, &e))?;
+    let mut found = None;
+    let deadline = Instant::now() + TIMEOUT;
+    while Instant::now() < deadline {
+        match consumer.poll(Duration::from_millis(100)) {
+            None => {}
+            // The last record of a key is the one that counts; compaction may take those before it at any time.
+            Some(Err(KafkaError::PartitionEOF(_))) => {
+                let parse = |(offset, value): (i64, Vec<u8>)| parse_record(topic, offset, &value, identity);
+                return found.map(parse).transpose();
+            }
+            Some(Err(e)) => return Err(error(&config.kafka, &e)),
+            Some(Ok(message)) if message.key() == Some(identity.slot.as_bytes()) => {
+                found = Some((message.offset(), message.payload().unwrap_or_default().to_vec()));
+            }
+            Some(Ok(_)) => {}
+        }
+    }
+    Err(Error::unreachable(
+        format!("Kafka at {}", config.kafka.servers()),
+        format!("{topic} could not be read to its end"),
+    ))
+}
+
+fn parse_record(topic: &str, offset: i64, value: &[u8], identity: &SlotIdentity) -> Result<CheckpointRecord> {
+    let refuse = |found: String| {
+        Error::refused(
+            "kafka_position",
+            format!("{topic}, offset {offset}: {found}"),
+            format!("a position of {identity}"),
+            "give this pipeline another name (then it starts anew), or put the slot and cluster back that the position belongs to",
+        )
+    };
+    let record: CheckpointRecord =
+        serde_json::from_slice(value).map_err(|e| refuse(format!("not a checkpoint record: {e}")))?;
+    if record.identity != *identity {
+        return Err(refuse(format!("the position of {}", record.identity)));
+    }
+    Ok(record)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_of_another_stream_is_refused() {
+        let identity = SlotIdentity { system_id: "7".into(), timeline: 1, slot: "falaj".into() };
+        let record = CheckpointRecord {
+            identity: identity.clone(),
+            end_lsn: Lsn(256),
+            position: Some(Position { commit_lsn: Lsn(300), ordinal: 4 }),
+        };
+        let value = serde_json::to_vec(&record).unwrap();
+        assert_eq!(
+            String::from_utf8(value.clone()).unwrap(),
+            r#"{"identity":{"system_id":"7","timeline":1,"slot":"falaj"},"end_lsn":"0/100","position":{"commit_lsn":"0/12C","ordinal":4}}"#
+        );
+        assert_eq!(parse_record("t", 0, &value, &identity).unwrap(), record);
+        for other in
+            [SlotIdentity { timeline: 2, ..identity.clone() }, SlotIdentity { system_id: "8".into(), ..identity }]
+        {
+            assert_eq!(parse_record("t", 0, &value, &other).unwrap_err().exit_code(), 78);
+        }
+        assert_eq!(parse_record("t", 0, b"{}", &record.identity).unwrap_err().exit_code(), 78);
+    }
+}

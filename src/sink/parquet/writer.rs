@@ -1,0 +1,253 @@
+//! The encoding thread: writes, seals and renames batches.
+
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use arrow_array::RecordBatch;
+use parquet::arrow::ArrowWriter;
+use parquet::basic::{Compression, Encoding, ZstdLevel};
+use parquet::file::metadata::KeyValue;
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::schema::types::ColumnPath;
+
+use super::position::sync_dir;
+use crate::archive::{self, Batch, IdlePosition};
+use crate::error::{Error, Result};
+use crate::event::Layout;
+use crate::lsn::{Checkpoint, Position, SlotIdentity};
+use crate::sink::worker::{Next, Orders};
+
+/// Rows of a row group: bounds what the encoder holds in memory.
+const ROW_GROUP: usize = 128 << 10;
+
+/// What the loop asks of the thread.
+pub(super) enum Todo {
+    Rows(Arc<Layout>, RecordBatch),
+    Seal(Checkpoint, Position, Position),
+    Idle(Checkpoint),
+}
+
+/// How many bytes the encoder has, of which batch: the loop decides when to seal, the thread knows the size.
+#[derive(Clone, Default)]
+pub(super) struct Encoded(Arc<Mutex<(u64, usize)>>);
+
+impl Encoded {
+    fn set(&self, batch: u64, bytes: usize) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (batch, bytes);
+    }
+
+    pub(super) fn of(&self, batch: u64) -> usize {
+        let (at, bytes) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if at == batch { bytes } else { 0 }
+    }
+}
+
+/// The thread's side: encodes, seals, renames.
+pub(super) struct Writer {
+    dir: PathBuf,
+    work: PathBuf,
+    identity: SlotIdentity,
+    pipeline: String,
+    encoded: Encoded,
+    files: Vec<OpenFile>,
+    batches: u64,
+}
+
+struct OpenFile {
+    layout: Arc<Layout>,
+    writer: ArrowWriter<File>,
+}
+
+impl Writer {
+    pub(super) fn new(dir: PathBuf, work: PathBuf, pipeline: String, identity: SlotIdentity, encoded: Encoded) -> Self {
+        Self { dir, work, identity, pipeline, encoded, files: Vec::new(), batches: 0 }
+    }
+
+    pub(super) fn run(mut self, orders: &Orders<Todo>) -> Result<()> {
+        let outcome = loop {
+            match orders.next(None) {
+                Next::Order(order) => {
+                    if let Err(error) = self.carry_out(order.what, orders) {
+                        break Err(error);
+                    }
+                }
+                Next::Quiet | Next::Gone => break Ok(()),
+            }
+        };
+        // What was not sealed is not in the archive; the stream will bring it again.
+        drop(std::mem::take(&mut self.files));
+        let _ = fs::remove_dir_all(&self.work);
+        outcome
+    }
+
+    fn carry_out(&mut self, todo: Todo, orders: &Orders<Todo>) -> Result<()> {
+        match todo {
+            Todo::Rows(layout, batch) => self.write(&layout, &batch),
+            Todo::Seal(checkpoint, first, last) => {
+                self.seal(checkpoint, first, last)?;
+                orders.durable(checkpoint);
+                Ok(())
+            }
+            Todo::Idle(checkpoint) => {
+                self.idle(checkpoint)?;
+                orders.durable(checkpoint);
+                Ok(())
+            }
+        }
+    }
+
+    /// The batch's directory while it is in the making.
+    fn making(&self) -> PathBuf {
+        self.work.join(format!("batch-{}", self.batches))
+    }
+
+    fn write(&mut self, layout: &Arc<Layout>, batch: &RecordBatch) -> Result<()> {
+        let at = match self.files.iter().position(|f| f.layout.generation == layout.generation) {
+            Some(at) => at,
+            None => {
+                let file = self.start_file(layout, batch)?;
+                self.files.push(file);
+                self.files.len() - 1
+            }
+        };
+        self.files[at].writer.write(batch).map_err(|e| self.encoding(&e))?;
+        let bytes = self.files.iter().map(|f| f.writer.bytes_written() + f.writer.in_progress_size()).sum();
+        self.encoded.set(self.batches, bytes);
+        Ok(())
+    }
+
+    fn start_file(&self, layout: &Arc<Layout>, batch: &RecordBatch) -> Result<OpenFile> {
+        let part = self.files.iter().filter(|f| f.layout.table == layout.table).count();
+        let making = self.making();
+        let path = making.join(archive::file_name(&layout.table, part as u32));
+        let file = match fs::create_dir(&making) {
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(e),
+            _ => File::create(&path),
+        };
+        let file = file.map_err(|e| self.io(&e, &path))?;
+        let writer =
+            ArrowWriter::try_new(file, batch.schema(), Some(properties(layout))).map_err(|e| self.encoding(&e))?;
+        Ok(OpenFile { layout: Arc::clone(layout), writer })
+    }
+
+    fn seal(&mut self, checkpoint: Checkpoint, first: Position, last: Position) -> Result<()> {
+        let started = Instant::now();
+        let making = self.making();
+        for file in std::mem::take(&mut self.files) {
+            self.close(file, checkpoint, first, last)?;
+        }
+        let name = Batch::name(first, last);
+        let sealed = sync_dir(&making)
+            .and_then(|()| fs::rename(&making, self.dir.join(&name)))
+            .and_then(|()| sync_dir(&self.dir));
+        sealed.map_err(|e| self.io(&e, &making))?;
+        self.batches += 1;
+        metrics::counter!("falaj_produce_archive_batches_total").increment(1);
+        tracing::info!(batch = name, seconds = started.elapsed().as_secs_f64(), "sealed");
+        Ok(())
+    }
+
+    fn close(&self, file: OpenFile, checkpoint: Checkpoint, first: Position, last: Position) -> Result<()> {
+        let OpenFile { layout, mut writer } = file;
+        for (key, value) in self.footer(&layout, checkpoint, first, last)? {
+            writer.append_key_value_metadata(KeyValue::new(key.to_owned(), value));
+        }
+        let file = writer.into_inner().map_err(|e| self.encoding(&e))?;
+        let size = file.metadata().map(|m| m.len()).unwrap_or_default();
+        metrics::counter!("falaj_produce_archive_bytes_total").increment(size);
+        file.sync_all().map_err(|e| self.io(&e, &self.work))
+    }
+
+    fn footer(
+        &self,
+        layout: &Layout,
+        checkpoint: Checkpoint,
+        first: Position,
+        last: Position,
+    ) -> Result<Vec<(&'static str, String)>> {
+        let mut pairs = vec![
+            (archive::META_VERSION, archive::VERSION.to_owned()),
+            (archive::META_PIPELINE, self.pipeline.clone()),
+            (archive::META_SLOT, json(&self.identity)?),
+            (archive::META_FIRST, archive::bound(first)),
+            (archive::META_LAST, archive::bound(last)),
+            (archive::META_RESUME, checkpoint.resume.to_string()),
+        ];
+        if checkpoint.partial.is_none() {
+            pairs.push((archive::META_END_LSN, checkpoint.resume.to_string()));
+        }
+        let name = |at: &usize| layout.columns[*at].name.clone();
+        if !layout.primary_key.is_empty() {
+            pairs.push((archive::META_PRIMARY_KEY, json(&layout.primary_key.iter().map(name).collect::<Vec<_>>())?));
+        }
+        pairs.extend(layout.key.as_ref().map(|at| (archive::META_RECORD_KEY, name(at))));
+        Ok(pairs)
+    }
+
+    fn idle(&self, checkpoint: Checkpoint) -> Result<()> {
+        let position = IdlePosition { identity: self.identity.clone(), lsn: checkpoint.resume };
+        let tmp = self.work.join(archive::POSITION_FILE);
+        let stored = (|| {
+            let file = File::create(&tmp)?;
+            serde_json::to_writer(&file, &position)?;
+            file.sync_all()?;
+            fs::rename(&tmp, self.dir.join(archive::POSITION_FILE))?;
+            sync_dir(&self.dir)
+        })();
+        stored.map_err(|e| self.io(&e, &tmp))
+    }
+
+    /// A work directory that has gone was removed by the next owner.
+    fn io(&self, e: &std::io::Error, path: &Path) -> Error {
+        if e.kind() == ErrorKind::NotFound && !self.work.exists() {
+            return Error::Fenced(format!(
+                "another owner has taken over the archive: {} has gone",
+                self.work.display()
+            ));
+        }
+        Error::fatal(format_args!("archive, {}", path.display()), e)
+    }
+
+    fn encoding(&self, e: &parquet::errors::ParquetError) -> Error {
+        if !self.work.exists() {
+            return Error::Fenced(format!(
+                "another owner has taken over the archive: {} has gone",
+                self.work.display()
+            ));
+        }
+        Error::fatal("archive, encoding Parquet", e)
+    }
+}
+
+fn json(value: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| Error::fatal("writing a footer", e))
+}
+
+/// zstd-1; a dictionary only where values repeat; delta encoding for what grows.
+fn properties(layout: &Layout) -> WriterProperties {
+    let mut properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_max_row_group_row_count(Some(ROW_GROUP))
+        .set_statistics_enabled(EnabledStatistics::Chunk)
+        .set_created_by(format!("falaj {}", env!("CARGO_PKG_VERSION")));
+    let growing = ["_commit_ts", "_commit_lsn", "_ordinal"];
+    let unique = ["_id"];
+    for name in growing {
+        properties = properties
+            .set_column_dictionary_enabled(ColumnPath::from(name), false)
+            .set_column_encoding(ColumnPath::from(name), Encoding::DELTA_BINARY_PACKED);
+    }
+    for name in unique {
+        properties = properties
+            .set_column_dictionary_enabled(ColumnPath::from(name), false)
+            .set_column_encoding(ColumnPath::from(name), Encoding::DELTA_BYTE_ARRAY);
+    }
+    for at in &layout.primary_key {
+        properties =
+            properties.set_column_dictionary_enabled(ColumnPath::from(layout.columns[*at].name.as_str()), false);
+    }
+    properties.build()
+}

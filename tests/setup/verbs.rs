@@ -1,0 +1,306 @@
+//! `init` and `check` as they are run.
+
+use std::fs;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use falaj::enrich::state;
+use falaj::source::conn::Conninfo;
+use falaj::source::wire::Wire;
+use serde_json::Value;
+
+use super::place::{Place, stderr, stdout};
+use super::server::Server;
+
+async fn count(place: &Place, sql: &str) -> i64 {
+    place.sql().await.query_one(&format!("SELECT count(*) FROM {sql}"), &[]).await.unwrap().get(0)
+}
+
+async fn slots(place: &Place) -> i64 {
+    count(place, &format!("pg_replication_slots WHERE slot_name = '{}'", place.name)).await
+}
+
+fn finding<'a>(findings: &'a [Value], check: &str) -> &'a Value {
+    findings.iter().find(|f| f["check"] == check).unwrap_or_else(|| panic!("no {check} in {findings:?}"))
+}
+
+#[tokio::test]
+async fn init_plans_then_creates_then_finds_nothing_to_do() {
+    let place = Place::new("init").await;
+    let plan = place.falaj(&["init", "--with-tables"]);
+    assert_eq!(plan.status.code(), Some(0));
+    assert!(stdout(&plan).contains("nothing was changed; falaj init --yes carries it out"), "{}", stdout(&plan));
+    assert_eq!((slots(&place).await, count(&place, "pg_publication").await), (0, 0));
+    assert!(!place.state().exists());
+
+    place.sql().await.batch_execute(include_str!("../../sql/01_tables.sql")).await.unwrap();
+    let insert = "INSERT INTO public.content VALUES (gen_random_uuid(), 'a', 'Ünïcode ٤', 'podcast', 90, now()), \
+                  (gen_random_uuid(), 'b', E'tab\\there \"quoted\"', NULL, NULL, now())";
+    place.sql().await.batch_execute(insert).await.unwrap();
+    let made = place.falaj(&["init", "--yes"]);
+    assert_eq!(made.status.code(), Some(0), "{}", stderr(&made));
+    let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name::text = $1";
+    let confirmed: String = place.sql().await.query_one(sql, &[&place.name]).await.unwrap().get(0);
+    let header = state::header(&place.state()).unwrap().unwrap();
+    assert_eq!(
+        (header.lsn.to_string(), header.origin.to_string(), header.adopted),
+        (confirmed.clone(), confirmed, false)
+    );
+    let rows = base_rows(&place);
+    let in_table = place
+        .sql()
+        .await
+        .query("SELECT id::text, title, content_type, length_seconds::text FROM public.content", &[])
+        .await
+        .unwrap();
+    let mut expected: Vec<Vec<Option<String>>> = in_table.iter().map(|r| (0..4).map(|i| r.get(i)).collect()).collect();
+    expected.sort();
+    assert_eq!(rows, expected);
+
+    let again = place.falaj(&["init", "--yes"]);
+    assert_eq!((again.status.code(), stdout(&again).contains("nothing to do")), (Some(0), true), "{}", stdout(&again));
+    let (findings, code) = place.check();
+    let failed: Vec<_> = findings.iter().filter(|f| f["ok"] != true).collect();
+    assert_eq!((failed, code), (vec![], 0));
+    place.leave().await;
+}
+
+/// A slot begins between transactions: what was running when it was asked for is in the first lookup rows.
+#[tokio::test]
+async fn init_waits_for_running_transactions_and_their_rows_are_in_the_base() {
+    let place = Place::new("running").await;
+    place.sql().await.batch_execute(include_str!("../../sql/01_tables.sql")).await.unwrap();
+    let writer = place.sql().await;
+    let insert = "BEGIN; INSERT INTO public.content VALUES (gen_random_uuid(), 'a', 'open', NULL, NULL, now())";
+    for end in ["COMMIT", "ROLLBACK"] {
+        writer.batch_execute(insert).await.unwrap();
+        let init = place.command(&["init", "--yes"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while slots(&place).await == 0 {
+            assert!(Instant::now() < deadline, "no slot is being made");
+        }
+        assert!(!place.state().exists());
+        writer.batch_execute(end).await.unwrap();
+        let out = init.wait_with_output().unwrap();
+        assert_eq!(out.status.code(), Some(0), "{}", stderr(&out));
+        let titles: Vec<_> = base_rows(&place).into_iter().map(|row| row[1].clone().unwrap()).collect();
+        assert_eq!(titles, ["open"], "the second transaction leaves no row");
+        let sql = "SELECT pg_drop_replication_slot($1)";
+        place.sql().await.execute(sql, &[&place.name]).await.unwrap();
+        fs::remove_dir_all(place.state()).unwrap();
+        place.sql().await.batch_execute("UPDATE public.content SET slug = 'b'").await.unwrap();
+    }
+}
+
+/// Key and values of every row in the base, sorted.
+fn base_rows(place: &Place) -> Vec<Vec<Option<String>>> {
+    let text = fs::read_to_string(place.state().join("base.jsonl")).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let row = |line: &&str| {
+        let (_, key, values): (usize, String, Vec<Option<String>>) = serde_json::from_str(line).unwrap();
+        [Some(key)].into_iter().chain(values).collect()
+    };
+    let mut rows: Vec<Vec<Option<String>>> = lines[1..lines.len() - 1].iter().map(row).collect();
+    rows.sort();
+    rows
+}
+
+#[tokio::test]
+async fn init_never_alters_a_publication_that_exists() {
+    let place = Place::new("publication").await;
+    let sql = place.sql().await;
+    // A name with a dot, a quote and no letter of ASCII; the built-in tables are not there at all.
+    let table = r#"public."🎧.""x/""#;
+    sql.batch_execute(&format!(
+        "CREATE TABLE {table} (id int PRIMARY KEY); CREATE PUBLICATION {} FOR TABLE {table} WITH (publish = 'insert')",
+        place.name
+    ))
+    .await
+    .unwrap();
+    let made = place.falaj(&["init", "--yes"]);
+    assert_eq!(made.status.code(), Some(0), "{}", stderr(&made));
+    assert_eq!(count(&place, "pg_publication WHERE NOT pubupdate").await, 1);
+    assert_eq!(count(&place, "pg_publication_tables").await, 1);
+    let (findings, code) = place.check();
+    assert_eq!(code, 0, "{findings:?}");
+    assert!(finding(&findings, "published_changes")["fix"].as_str().unwrap().contains("SET (publish ="));
+    assert!(finding(&findings, "configured_tables")["found"].as_str().unwrap().contains("engagement_events"));
+    place.leave().await;
+}
+
+#[tokio::test]
+async fn a_slot_without_lookup_state_is_refused_until_it_is_adopted() {
+    let place = Place::new("adopt").await;
+    place.sql().await.batch_execute(include_str!("../../sql/01_tables.sql")).await.unwrap();
+    let sql = "SELECT lsn::text FROM pg_create_logical_replication_slot($1, 'pgoutput')";
+    let at: String = place.sql().await.query_one(sql, &[&place.name]).await.unwrap().get(0);
+    let refused = place.falaj(&["init", "--yes"]);
+    assert_eq!(refused.status.code(), Some(78));
+    assert!(stderr(&refused).contains("falaj init --adopt-slot"), "{}", stderr(&refused));
+    assert_eq!((place.state().exists(), count(&place, "pg_publication").await), (false, 0));
+    let (findings, code) = place.check();
+    let told = finding(&findings, "lookup_state");
+    assert_eq!((code, &told["ok"]), (78, &Value::Bool(false)));
+    for part in ["found", "needed", "fix"] {
+        assert!(stderr(&refused).contains(told[part].as_str().unwrap()), "{part} of {told}");
+    }
+    let adopted = place.falaj(&["init", "--yes", "--adopt-slot"]);
+    assert_eq!(adopted.status.code(), Some(0), "{}", stderr(&adopted));
+    assert!(stdout(&adopted).contains("events from before now are enriched with the rows of now"));
+    let header = state::header(&place.state()).unwrap().unwrap();
+    assert_eq!((header.lsn.to_string(), header.adopted), (at, true));
+    assert!(stdout(&place.falaj(&["init"])).contains("nothing to do"));
+    place.leave().await;
+}
+
+#[tokio::test]
+async fn a_slot_whose_lookup_rows_cannot_be_written_is_dropped_again() {
+    let place = Place::new("undo").await;
+    fs::create_dir_all(place.state().join("base.tmp")).unwrap();
+    let failed = place.falaj(&["init", "--yes", "--with-tables"]);
+    assert_eq!(failed.status.code(), Some(1), "{}", stderr(&failed));
+    assert!(stderr(&failed).contains("was dropped again"), "{}", stderr(&failed));
+    assert_eq!(slots(&place).await, 0);
+}
+
+#[tokio::test]
+async fn directories_that_are_none_are_refused() {
+    let place = Place::new("dirs").await;
+    fs::write(place.state(), "a file where the directory should be").unwrap();
+    fs::write(place.dir.path().join("archive"), "another one").unwrap();
+    let refused = place.falaj(&["init", "--yes", "--with-tables"]);
+    assert_eq!(
+        (refused.status.code(), stderr(&refused).contains("state_dir")),
+        (Some(78), true),
+        "{}",
+        stderr(&refused)
+    );
+    let (findings, _) = place.check();
+    assert_eq!(
+        (&finding(&findings, "state_dir")["ok"], &finding(&findings, "archive_dir")["ok"]),
+        (&false.into(), &false.into())
+    );
+}
+
+#[tokio::test]
+async fn an_unfit_lookup_table_is_refused_before_the_slot_exists() {
+    let place = Place::new("lookup").await;
+    let sql = "CREATE TABLE public.content (id uuid, title text, content_type text, length_seconds int, PRIMARY KEY (id, title)); \
+               CREATE TABLE public.engagement_events (id int PRIMARY KEY, content_id uuid, duration_ms int)";
+    place.sql().await.batch_execute(sql).await.unwrap();
+    let refused = place.falaj(&["init", "--yes"]);
+    assert_eq!(refused.status.code(), Some(78));
+    assert!(stderr(&refused).contains("a primary key of 2 columns"), "{}", stderr(&refused));
+    assert_eq!(slots(&place).await, 0);
+}
+
+#[tokio::test]
+async fn a_state_directory_of_another_slot_is_never_overwritten() {
+    let mut place = Place::new("foreign").await;
+    assert_eq!(place.falaj(&["init", "--yes", "--with-tables"]).status.code(), Some(0));
+    let before = fs::read(place.state().join("base.jsonl")).unwrap();
+    place.env = vec![("FALAJ_POSTGRES__SLOT".into(), format!("{}_b", place.name))];
+    let refused = place.falaj(&["init", "--yes"]);
+    assert_eq!((refused.status.code(), stderr(&refused).contains("belongs to system")), (Some(78), true));
+    assert_eq!(fs::read(place.state().join("base.jsonl")).unwrap(), before);
+    assert_eq!(count(&place, &format!("pg_replication_slots WHERE slot_name = '{}_b'", place.name)).await, 0);
+    place.leave().await;
+}
+
+#[tokio::test]
+async fn check_says_found_needed_and_fix_and_nothing_else() {
+    let place = Place::new("check").await;
+    let (findings, code) = place.check();
+    assert_eq!(code, 78);
+    for finding in &findings {
+        let mut keys: Vec<_> = finding.as_object().unwrap().keys().map(String::as_str).collect();
+        keys.sort_unstable();
+        assert_eq!(keys, ["check", "fix", "found", "needed", "ok"]);
+    }
+    assert_eq!(finding(&findings, "wal_level")["found"], "logical");
+    assert_eq!(finding(&findings, "publication")["fix"], "falaj init");
+    assert_eq!(finding(&findings, "slot")["ok"], false);
+    let plain = place.falaj(&["check"]);
+    assert_eq!(plain.status.code(), Some(78));
+    let lines = stdout(&plain);
+    assert!(lines.lines().any(|l| l.starts_with("FAIL  slot")), "{lines}");
+    assert!(lines.lines().any(|l| l.starts_with("ok    redis")), "{lines}");
+}
+
+#[tokio::test]
+async fn check_notes_a_slot_in_use_and_tables_without_identity() {
+    let place = Place::new("busy").await;
+    assert_eq!(place.falaj(&["init", "--yes", "--with-tables"]).status.code(), Some(0));
+    let sql = format!("CREATE TABLE public.bare (n int); ALTER PUBLICATION {} ADD TABLE public.bare", place.name);
+    place.sql().await.batch_execute(&sql).await.unwrap();
+    let wire = Wire::connect(&Conninfo::gather(&place.url, &|_| None).unwrap(), "test").await.unwrap();
+    let start =
+        format!("START_REPLICATION SLOT \"{0}\" LOGICAL 0/0 (proto_version '1', publication_names '{0}')", place.name);
+    let stream = wire.copy_both(&start).await.unwrap();
+    let (findings, code) = place.check();
+    let slot = finding(&findings, "slot");
+    assert_eq!(slot["ok"], true);
+    assert!(slot["found"].as_str().unwrap().contains("slot in use by pid "), "{slot}");
+    assert!(finding(&findings, "replica_identity")["found"].as_str().unwrap().contains("\"bare\""));
+    // The new table has no topic yet: that alone is wrong.
+    let failed: Vec<_> = findings.iter().filter(|f| f["ok"] != true).filter_map(|f| f["check"].as_str()).collect();
+    assert_eq!((failed, code), (vec!["kafka_topics"], 78));
+    let busy = place.falaj(&["init", "--yes", "--adopt-slot"]);
+    assert_eq!((busy.status.code(), stderr(&busy).contains("is in use by pid")), (Some(78), true));
+    drop(stream);
+    let sql = "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots WHERE slot_name::text = $1";
+    place.sql().await.query(sql, &[&place.name]).await.unwrap();
+    place.leave().await;
+}
+
+#[tokio::test]
+async fn unreachable_servers_alone_give_69() {
+    let mut place = Place::new("away").await;
+    assert_eq!(place.falaj(&["init", "--yes", "--with-tables"]).status.code(), Some(0));
+    place.env = vec![("FALAJ_REDIS__URL".into(), "redis://127.0.0.1:1/".into())];
+    let (findings, code) = place.check();
+    assert_eq!((code, &finding(&findings, "redis")["ok"]), (69, &Value::Bool(false)));
+    place.env = vec![("FALAJ_KAFKA__BOOTSTRAP_SERVERS".into(), "127.0.0.1:1".into())];
+    let (findings, code) = place.check();
+    assert_eq!((code, &finding(&findings, "kafka")["ok"]), (69, &Value::Bool(false)));
+    place.env = vec![("FALAJ_POSTGRES__URL".into(), "postgres://postgres@127.0.0.1:1/postgres".into())];
+    let (findings, code) = place.check();
+    assert_eq!((code, &finding(&findings, "postgres")["ok"]), (69, &Value::Bool(false)));
+    place.env = vec![("FALAJ_REDIS__URL".into(), "http://nonsense".into())];
+    assert_eq!(place.check().1, 78);
+    place.leave().await;
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_stream_is_refused_by_init_and_check_in_the_same_words() {
+    let server = Server::start("limits").await;
+    let mut place = Place::new("limits").await;
+    place.url.clone_from(&server.url);
+    let refused = |place: &Place, check: &str| {
+        let (findings, code) = place.check();
+        let told = finding(&findings, check);
+        let init = place.falaj(&["init", "--yes", "--with-tables"]);
+        assert_eq!((code, init.status.code(), &told["ok"]), (78, Some(78), &Value::Bool(false)), "{told}");
+        for part in ["found", "needed", "fix"] {
+            assert!(stderr(&init).contains(told[part].as_str().unwrap()), "{told}: {}", stderr(&init));
+        }
+        told.clone()
+    };
+    server.configure("max_replication_slots = 0");
+    server.restart();
+    let told = refused(&place, "replication_slots");
+    assert_eq!(told["found"], "0 of 0 in use");
+    server.configure("wal_level = replica");
+    server.restart();
+    let told = refused(&place, "wal_level");
+    assert_eq!(told["fix"], "ALTER SYSTEM SET wal_level = logical; then restart the server");
+    server.configure("wal_level = logical\nmax_replication_slots = 5");
+    server.restart();
+    server.sql().await.batch_execute("CREATE ROLE plain LOGIN").await.unwrap();
+    place.url = server.url.replace("postgres@", "plain@");
+    let told = refused(&place, "role_replication");
+    assert!(told["fix"].as_str().unwrap().starts_with("ALTER ROLE \"plain\" REPLICATION;"));
+    server.hba("host all all all scram-sha-256").await;
+    let told = refused(&place, "postgres_password");
+    assert!(told["fix"].as_str().unwrap().contains("PGPASSWORD"));
+}
