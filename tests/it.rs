@@ -8,6 +8,7 @@ mod external;
 mod face;
 mod generate;
 mod mock_external;
+mod pitfalls;
 mod produce;
 mod refuse;
 mod rig;
