@@ -35,6 +35,8 @@ const RATE: u64 = 300;
 const SEED: u64 = 7;
 /// Share of requests that the outside system answers with a fault, so that retries are seen.
 const FAULTS: f64 = 0.02;
+/// How often it is looked whether the roles are ready.
+const LOOK: Duration = Duration::from_millis(50);
 /// How often the view is drawn on a terminal …
 const DRAW: Duration = Duration::from_secs(1);
 /// … and how often a line is printed elsewhere.
@@ -173,7 +175,13 @@ impl Cast {
             produce: Role::start("produce", world, async |w| produce::run(&w, &cli::Produce::default()).await),
             consume: Role::start("consume", world, async |w| consume::run(&w, &cli::Consume::default()).await),
             upload: Role::start("upload", world, async |w| upload::run(&w, &cli::Upload::default()).await),
-            generate: Role::start("generate", world, async move |w| generate::run(&w, &load).await),
+            generate: Role::start("generate", world, async move |w| {
+                // A load that began before its readers would show their start as latency.
+                match streaming(&w).await {
+                    true => generate::run(&w, &load).await,
+                    false => Ok(()),
+                }
+            }),
         }
     }
 
@@ -198,6 +206,19 @@ impl Cast {
             if let Err(error) = role.stop().await {
                 info!("{error}");
             }
+        }
+    }
+}
+
+/// Waits until events flow to every reader; false when the demo is ended first.
+async fn streaming(world: &World) -> bool {
+    loop {
+        let report = world.health.report();
+        if ["replication", "kafka_board", "kafka_external"].iter().all(|check| report.get(check) == Some(&None)) {
+            return true;
+        }
+        if world.pause(LOOK).await.is_err() {
+            return false;
         }
     }
 }
