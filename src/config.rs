@@ -10,7 +10,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
-use layers::{overlay, overlay_env, parse_toml};
+use layers::{mistyped, overlay, overlay_env, parse_toml};
 pub use units::{ByteSize, Span};
 
 /// The defaults, as a file that a user can start from.
@@ -261,6 +261,9 @@ impl Config {
         for (name, value) in env {
             overlay_env(&mut tree, &name, &value)?;
         }
+        if let Some(found) = mistyped("", &parse_toml(DEFAULTS, "built-in defaults")?, &tree) {
+            return Err(refused(found, "the keys and types of config/falaj.toml", "mend the key that is named"));
+        }
         let config: Self = toml::Value::Table(tree).try_into().map_err(|e: toml::de::Error| {
             refused(e.message().to_owned(), "the keys and types of config/falaj.toml", "mend the key that is named")
         })?;
@@ -407,6 +410,18 @@ mod tests {
         ] {
             let got = Config::load(None, env(&[e])).unwrap_err();
             assert_eq!(got.exit_code(), 78, "{e:?}: {got}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f.toml");
+        for (text, key) in [
+            ("pipeline = 7", "pipeline = 7; its type is string"),
+            ("[kafka]\npartitions = \"x\"", "kafka.partitions = \"x\"; its type is integer"),
+            ("[external]\nhistory = 1", "external.history = 1; its type is boolean"),
+            ("redis = 1", "redis = 1; its type is table"),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            let got = Config::load(Some(&file), env(&[])).unwrap_err().to_string();
+            assert!(got.contains(key), "{got}");
         }
     }
 }

@@ -165,7 +165,7 @@ async fn run_session(world: &World, mut session: Session, mut until: Option<&mut
 async fn drain(session: &mut Session) -> Result<()> {
     let checkpoint = session.walk.checkpoint();
     info!(%checkpoint.resume, "draining");
-    session.outlets.store(checkpoint).await?;
+    session.store().await?;
     session.acknowledge()
 }
 

@@ -2,9 +2,14 @@
 
 mod board;
 mod compose;
+mod crash;
+mod e2e;
 mod external;
 mod face;
 mod generate;
 mod mock_external;
+mod produce;
+mod refuse;
+mod rig;
 mod setup;
 mod upload;

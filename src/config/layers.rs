@@ -20,6 +20,23 @@ pub(super) fn overlay(base: &mut toml::Table, over: toml::Table) {
     }
 }
 
+/// The first key whose type is not that of its default: serde would say the type, but not the key. Under `[kafka]` a
+/// text may also be written as a number or boolean.
+pub(super) fn mistyped(path: &str, defaults: &toml::Table, found: &toml::Table) -> Option<String> {
+    found.iter().find_map(|(key, value)| {
+        let default = defaults.get(key)?;
+        let path = format!("{path}{key}");
+        match (default, value) {
+            (toml::Value::Table(default), toml::Value::Table(value)) => mistyped(&format!("{path}."), default, value),
+            (toml::Value::String(_), value) if path.starts_with("kafka.") && !value.is_array() && !value.is_table() => {
+                None
+            }
+            (default, value) if default.same_type(value) => None,
+            (default, value) => Some(format!("{path} = {value}; its type is {}", default.type_str())),
+        }
+    })
+}
+
 /// `FALAJ_SECTION__KEY=value`, and `FALAJ_PIPELINE`. Other `FALAJ_…` names without `__` belong to the tooling.
 pub(super) fn overlay_env(tree: &mut toml::Table, name: &str, value: &str) -> Result<()> {
     let Some(path) = name.strip_prefix("FALAJ_") else { return Ok(()) };

@@ -221,7 +221,7 @@ impl Enricher {
         Ok(())
     }
 
-    /// Makes every folded change durable. To be called before an acknowledgement passes it.
+    /// Makes every folded change durable. To be called before a sink gets what lies beyond it: then the state is never behind.
     ///
     /// # Errors
     /// [`Error::Fatal`] when the disk refuses.

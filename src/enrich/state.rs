@@ -186,7 +186,7 @@ pub fn load(
     Ok((header, log))
 }
 
-/// The open change log: appended by the stream, made durable before an acknowledgement passes it.
+/// The open change log: appended by the stream, made durable before any sink gets what lies beyond it.
 pub struct ChangeLog {
     dir: PathBuf,
     out: BufWriter<File>,

@@ -70,6 +70,8 @@ impl Session {
 
     /// Marks how far the walk is. With `rest`, or when the server waits for it, sinks with nothing open store the bare position.
     pub(super) async fn settle(&mut self, rest: bool) -> Result<()> {
+        // The log is written ahead of the sinks: after a crash the lookup state reaches at least as far as each of them.
+        self.walk.enricher.sync()?;
         let checkpoint = self.walk.checkpoint();
         let wanted = self.walk.take_wanted() && checkpoint.partial.is_none();
         for sink in &mut self.outlets.sinks {
@@ -83,12 +85,17 @@ impl Session {
         Ok(())
     }
 
-    /// Acknowledges what every configured sink has. The lookup changes below it are made durable first.
+    /// Makes everything that has been walked durable, in the lookup state first, and waits for it.
+    pub(super) async fn store(&mut self) -> Result<()> {
+        self.walk.enricher.sync()?;
+        self.outlets.store(self.walk.checkpoint()).await
+    }
+
+    /// Acknowledges what every configured sink has.
     pub(super) fn acknowledge(&mut self) -> Result<()> {
         if let Some(durable) = self.outlets.durable()
             && durable.lsn() > self.stream.acknowledged()
         {
-            self.walk.enricher.sync()?;
             self.stream.acknowledge(durable);
         }
         Ok(())
@@ -119,7 +126,7 @@ impl Outlets {
     }
 
     /// Makes everything up to `checkpoint` durable in every sink of this run, and waits for it.
-    pub(super) async fn store(&mut self, checkpoint: Checkpoint) -> Result<()> {
+    async fn store(&mut self, checkpoint: Checkpoint) -> Result<()> {
         for sink in &mut self.sinks {
             if !sink.stored().checkpoint().covers(checkpoint) {
                 sink.flush(checkpoint).await?;

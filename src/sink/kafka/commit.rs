@@ -17,6 +17,10 @@ use crate::sink::worker::{Next, Order, Orders};
 
 /// An open transaction with nothing more coming is closed after this long: a little company halves the broker's work.
 const COMPANY: Duration = Duration::from_millis(4);
+/// How long the end of a session waits for the open transaction to be rolled back.
+const ROLL_BACK: Duration = Duration::from_secs(2);
+/// One step of that.
+const STEP: Duration = Duration::from_millis(50);
 
 /// Records of several events in one buffer, and the position after them.
 pub(super) struct Piece {
@@ -152,10 +156,21 @@ impl Committer {
         unsafe { rdkafka::bindings::rd_kafka_flush(client, TIMEOUT.as_millis() as i32) };
     }
 
+    /// Aborting drops what is queued, and then waits for the reports of just that, which nobody takes but `poll`. Not for
+    /// long: what stays open here is rolled back by whoever opens the producer next.
     fn roll_back(self) -> Result<()> {
-        match self.open {
-            None => Ok(()),
-            Some(_) => self.retrying(|p| p.abort_transaction(TIMEOUT)),
+        if self.open.is_none() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + ROLL_BACK;
+        loop {
+            match self.producer.abort_transaction(STEP) {
+                Ok(()) => return Ok(()),
+                Err(KafkaError::Transaction(e)) if e.is_retriable() && Instant::now() < deadline => {
+                    self.producer.poll(Duration::ZERO);
+                }
+                Err(e) => return Err(self.failed(&e)),
+            }
         }
     }
 

@@ -1,0 +1,87 @@
+//! Reads topics as a consumer outside would: read_committed, from the beginning to the end.
+
+use falaj::config::Config;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+use rdkafka::{Message, Offset, TopicPartitionList};
+
+use super::DEADLINE;
+
+/// One record of a topic.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Record {
+    pub partition: i32,
+    pub offset: i64,
+    pub key: Option<String>,
+    pub value: String,
+    /// ms since the Unix epoch.
+    pub timestamp: Option<i64>,
+}
+
+/// Every committed record of a topic, partition by partition.
+pub async fn records(config: &Config, topic: &str) -> Vec<Record> {
+    let mut client = falaj::kafka::client(&config.kafka);
+    client.set("group.id", "unused").set("isolation.level", "read_committed");
+    client.set("enable.partition.eof", "true").set("enable.auto.commit", "false");
+    let topic = topic.to_owned();
+    tokio::task::spawn_blocking(move || read(&client.create().unwrap(), &topic)).await.unwrap()
+}
+
+fn read(consumer: &BaseConsumer, topic: &str) -> Vec<Record> {
+    let metadata = consumer.fetch_metadata(Some(topic), DEADLINE).unwrap();
+    let mut open = metadata.topics()[0].partitions().len();
+    assert!(open > 0, "no topic {topic}");
+    let mut list = TopicPartitionList::new();
+    for partition in 0..open as i32 {
+        list.add_partition_offset(topic, partition, Offset::Beginning).unwrap();
+    }
+    consumer.assign(&list).unwrap();
+    let mut records = Vec::new();
+    while open > 0 {
+        match consumer.poll(DEADLINE).unwrap_or_else(|| panic!("{topic} cannot be read")) {
+            Ok(m) => records.push(Record {
+                partition: m.partition(),
+                offset: m.offset(),
+                key: m.key().map(|k| String::from_utf8(k.to_vec()).unwrap()),
+                value: String::from_utf8(m.payload().unwrap_or_default().to_vec()).unwrap(),
+                timestamp: m.timestamp().to_millis(),
+            }),
+            Err(KafkaError::PartitionEOF(_)) => open -= 1,
+            Err(e) => panic!("{topic}: {e}"),
+        }
+    }
+    records.sort();
+    records
+}
+
+/// End offsets of all partitions, whatever is committed: they move with the smallest write.
+pub async fn ends(config: &Config, topics: &[String]) -> Vec<i64> {
+    let mut client = falaj::kafka::client(&config.kafka);
+    client.set("group.id", "unused");
+    let topics = topics.to_vec();
+    let work = move || {
+        let consumer: BaseConsumer = client.create().unwrap();
+        let mut ends = Vec::new();
+        for topic in &topics {
+            let metadata = consumer.fetch_metadata(Some(topic), DEADLINE).unwrap();
+            for partition in 0..metadata.topics()[0].partitions().len() as i32 {
+                ends.push(consumer.fetch_watermarks(topic, partition, DEADLINE).unwrap().1);
+            }
+        }
+        ends
+    };
+    tokio::task::spawn_blocking(work).await.unwrap()
+}
+
+/// Writes one record by hand.
+pub async fn write(config: &Config, topic: &str, key: &str, value: &str) {
+    let client = falaj::kafka::client(&config.kafka);
+    let (topic, key, value) = (topic.to_owned(), key.to_owned(), value.to_owned());
+    let work = move || {
+        let producer: BaseProducer = client.create().unwrap();
+        producer.send(BaseRecord::to(&topic).key(&key).payload(&value)).map_err(|(e, _)| e).unwrap();
+        producer.flush(DEADLINE).unwrap();
+    };
+    tokio::task::spawn_blocking(work).await.unwrap();
+}

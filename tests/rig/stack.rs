@@ -1,0 +1,44 @@
+//! Servers of a test's own, so that it may stop and kill them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+
+/// Stopped and removed when dropped.
+pub struct Stack {
+    dir: PathBuf,
+}
+
+impl Stack {
+    pub fn up(name: &str, servers: &[&str]) -> Self {
+        let stack = Self { dir: std::env::temp_dir().join(format!("falaj-{name}-{}", std::process::id())) };
+        stack.call(&[&["up"], servers].concat());
+        stack
+    }
+
+    /// Runs a verb of `dev/stack`.
+    pub fn call(&self, arguments: &[&str]) -> String {
+        let out = self.command(arguments).output().expect("dev/stack runs");
+        assert!(out.status.success(), "dev/stack {arguments:?}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    }
+
+    /// The addresses of its servers.
+    pub fn addresses(&self) -> BTreeMap<String, String> {
+        let lines = self.call(&["env"]);
+        let pairs = lines.lines().filter_map(|line| line.strip_prefix("export ")?.split_once('='));
+        pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/dev/stack"));
+        command.args(arguments).env("FALAJ_STACK_DIR", &self.dir);
+        command
+    }
+}
+
+impl Drop for Stack {
+    fn drop(&mut self) {
+        let _ = self.command(&["down", "--purge"]).output();
+    }
+}
