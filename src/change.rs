@@ -169,6 +169,7 @@ impl Assembler {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pgoutput::{Cell, parse};
 
     fn begin(lsn: u64) -> Message<'static> {
         Message::Begin { final_lsn: Lsn(lsn), commit_ts: 5, xid: 1 }
@@ -212,5 +213,55 @@ mod tests {
         a.push(begin(100)).unwrap();
         assert!(a.push(begin(200)).is_err());
         assert!(a.push(Message::StreamStop).is_err());
+    }
+
+    fn row(tuple: Tuple<'_>) -> String {
+        let cell = |cell| match cell {
+            Cell::Null => "NULL".into(),
+            Cell::Unchanged => "unchanged".into(),
+            Cell::Text(text) | Cell::Binary(text) => String::from_utf8_lossy(text).into_owned(),
+        };
+        format!("({})", tuple.cells().map(cell).collect::<Vec<String>>().join(", "))
+    }
+
+    fn shown(step: &Step<'_>) -> String {
+        let change = |c: &Change<'_>| {
+            let rows = match c.row {
+                RowChange::Insert(new) => format!("insert {}", row(new)),
+                RowChange::Update(None, new) => format!("update to {}", row(new)),
+                RowChange::Update(Some(Old::Key(key)), new) => format!("update key {} to {}", row(key), row(new)),
+                RowChange::Update(Some(Old::Full(old)), new) => format!("update {} to {}", row(old), row(new)),
+                RowChange::Delete(Old::Key(key)) => format!("delete key {}", row(key)),
+                RowChange::Delete(Old::Full(old)) => format!("delete {}", row(old)),
+                RowChange::Truncate => "truncate".into(),
+            };
+            format!("{} of {}: {rows}", c.at, c.relation)
+        };
+        match step {
+            Step::Begin => "begin".into(),
+            Step::Change(c) => change(c),
+            Step::Truncate(changes) => changes.iter().map(change).collect::<Vec<_>>().join("; "),
+            Step::Relation(r) => {
+                let columns: Vec<_> = r.columns.iter().map(|c| format!("{} {:?}", c.name, c.ty())).collect();
+                format!("relation {} {} ({})", r.oid, r.table(), columns.join(", "))
+            }
+            Step::Commit { end_lsn, .. } => format!("commit, acknowledge {end_lsn}"),
+            Step::Other => "nothing".into(),
+        }
+    }
+
+    /// Messages that a Postgres 15 sent, and what each of them means. Lines of the script: hex, then `= meaning`.
+    #[test]
+    fn a_recorded_stream_means_what_the_golden_script_says() {
+        let script = include_str!("../tests/golden/stream.txt");
+        let mut assembler = Assembler::default();
+        let mut lines = script.lines().filter(|l| !l.starts_with('#'));
+        while let (Some(hex), Some(meaning)) = (lines.next(), lines.next()) {
+            let byte = |i: usize| u8::from_str_radix(&hex[i..i + 2], 16).unwrap();
+            let bytes: Vec<u8> = (0..hex.len()).step_by(2).map(byte).collect();
+            let step = assembler.push(parse(&bytes, false).unwrap()).unwrap();
+            assert_eq!(format!("= {}", shown(&step)), meaning, "{hex}");
+        }
+        assert_eq!(assembler.open(), None);
     }
 }

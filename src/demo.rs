@@ -16,7 +16,7 @@ use std::time::Duration;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -35,6 +35,10 @@ const RATE: u64 = 300;
 const SEED: u64 = 7;
 /// Share of requests that the outside system answers with a fault, so that retries are seen.
 const FAULTS: f64 = 0.02;
+/// How long the drain may take; less than what `main` allows after a signal.
+const DRAIN: Duration = Duration::from_secs(40);
+/// How often it is looked whether the roles are ready.
+const LOOK: Duration = Duration::from_millis(50);
 /// How often the view is drawn on a terminal …
 const DRAW: Duration = Duration::from_secs(1);
 /// … and how often a line is printed elsewhere.
@@ -67,17 +71,21 @@ async fn show(world: &World, args: &cli::Demo, metrics: PrometheusHandle, screen
         () = world.stop.cancelled() => return stage.drop_slot().await,
     }
     tokio::spawn(mock_external::serve(listener, mock.clone(), CancellationToken::new()));
-    if let Some(address) = http::start(&stage.world, metrics.clone()).await? {
-        screen.say(&format!("HTTP       http://{address}/metrics, /readyz, /api/v1/status, /api/v1/board"));
+    match http::start(&stage.world, metrics.clone()).await? {
+        Some(address) => {
+            screen.say(&format!("HTTP       http://{address}/metrics, /readyz, /api/v1/status, /api/v1/board"));
+        }
+        None => screen.say("HTTP       not served: http.listen is empty or in use"),
     }
     let mut cast = Cast::start(&stage.world);
     let mut figures = Figures::new(&stage, metrics, mock.clone(), began);
     let ended = watch(world, args, &mut cast, &mut figures, screen).await;
     screen.say(&figures.line());
     let counted = match ended {
-        Ok(()) => drain(&stage, cast, screen).await,
+        Ok(()) => timeout(DRAIN, drain(&stage, cast, screen)).await.unwrap_or_else(|_| Err(not_drained())),
         Err(error) => {
-            cast.stop().await;
+            // Whatever does not end now ends with the process.
+            let _ = timeout(DRAIN, cast.stop()).await;
             Err(error)
         }
     };
@@ -89,6 +97,10 @@ async fn show(world: &World, args: &cli::Demo, metrics: PrometheusHandle, screen
     screen.say(&tally.text());
     screen.say(&guide::text(&stage));
     tally.verdict()
+}
+
+fn not_drained() -> Error {
+    Error::Fatal(format!("not everything was through within {DRAIN:?}: a server is away or too slow"))
 }
 
 /// Shows the figures until the time is up or a signal comes.
@@ -173,7 +185,13 @@ impl Cast {
             produce: Role::start("produce", world, async |w| produce::run(&w, &cli::Produce::default()).await),
             consume: Role::start("consume", world, async |w| consume::run(&w, &cli::Consume::default()).await),
             upload: Role::start("upload", world, async |w| upload::run(&w, &cli::Upload::default()).await),
-            generate: Role::start("generate", world, async move |w| generate::run(&w, &load).await),
+            generate: Role::start("generate", world, async move |w| {
+                // A load that began before its readers would show their start as latency.
+                match streaming(&w).await {
+                    true => generate::run(&w, &load).await,
+                    false => Ok(()),
+                }
+            }),
         }
     }
 
@@ -198,6 +216,19 @@ impl Cast {
             if let Err(error) = role.stop().await {
                 info!("{error}");
             }
+        }
+    }
+}
+
+/// Waits until events flow to every reader; false when the demo is ended first.
+async fn streaming(world: &World) -> bool {
+    loop {
+        let report = world.health.report();
+        if ["replication", "kafka_board", "kafka_external"].iter().all(|check| report.get(check) == Some(&None)) {
+            return true;
+        }
+        if world.pause(LOOK).await.is_err() {
+            return false;
         }
     }
 }

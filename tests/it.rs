@@ -3,6 +3,7 @@
 mod board;
 mod compose;
 mod crash;
+mod docs;
 mod e2e;
 mod external;
 mod face;

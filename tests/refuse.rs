@@ -43,19 +43,16 @@ async fn trace(p: &Pipeline) -> Trace {
 }
 
 /// `falaj produce` must end with 78 and these words, and leave everything as it was.
-#[track_caller]
-fn must_refuse<'a>(p: &'a Pipeline, words: &'a [&'a str]) -> impl Future<Output = Ended> + 'a {
-    async move {
-        let before = trace(p).await;
-        let ended = p.start(&["produce"]).end().await;
-        assert_eq!(ended.code, Some(78), "{}", ended.log);
-        for word in [words, &["found:", "needed:", "fix:"]].concat() {
-            assert!(ended.log.contains(word), "{word} is not in: {}", ended.log);
-        }
-        assert_eq!(trace(p).await, before);
-        assert_eq!(p.reader().await, "");
-        ended
+async fn must_refuse(p: &Pipeline, words: &[&str]) -> Ended {
+    let before = trace(p).await;
+    let ended = p.start(&["produce"]).end().await;
+    assert_eq!(ended.code, Some(78), "{}", ended.log);
+    for word in [words, &["found:", "needed:", "fix:"]].concat() {
+        assert!(ended.log.contains(word), "{word} is not in: {}", ended.log);
     }
+    assert_eq!(trace(p).await, before);
+    assert_eq!(p.reader().await, "");
+    ended
 }
 
 async fn identity(p: &Pipeline) -> SlotIdentity {

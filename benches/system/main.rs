@@ -20,14 +20,19 @@ use reader::Run;
 use report::Figures;
 use stack::Stack;
 
+/// Exit code: all was measured, and a bar is missed.
+const MISSED: u8 = 1;
+/// Exit code: something could not be measured. The servers' logs are worth a look then.
+const NOT_MEASURED: u8 = 2;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     match bench().await {
         Ok(0) => ExitCode::SUCCESS,
-        Ok(_) => ExitCode::FAILURE,
+        Ok(_) => ExitCode::from(MISSED),
         Err(error) => {
             eprintln!("bench     {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(NOT_MEASURED)
         }
     }
 }
