@@ -81,7 +81,7 @@ pub fn plan(quick: bool) -> (Vec<Workload>, Duration) {
     let workload =
         |name, rows, per_transaction, rounds, readers| Workload { name, rows, per_transaction, rounds, readers };
     if quick {
-        let hundred = workload(HUNDRED, 200_000, 100, 3, ALL);
+        let hundred = workload(HUNDRED, 400_000, 100, 3, ALL);
         let huge = workload(HUGE, 400_000, u64::MAX, 1, &[Reader::Both]);
         return (vec![hundred, huge], Duration::from_secs(18));
     }
