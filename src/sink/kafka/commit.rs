@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::OwnedHeaders;
@@ -17,8 +17,9 @@ use crate::sink::worker::{Next, Order, Orders};
 
 /// An open transaction with nothing more coming is closed after this long: a little company halves the broker's work.
 const COMPANY: Duration = Duration::from_millis(4);
-/// … and after as long again for each of these many bytes: the more is coming, the dearer are small transactions.
-const COMPANY_BYTES: usize = 16 << 10;
+/// … but not while events come that were committed longer ago than this: then there is a backlog, and small transactions
+/// would cost the broker most of its time.
+const BACKLOG: Duration = Duration::from_millis(100);
 /// How long the end of a session waits for the open transaction to be rolled back.
 const ROLL_BACK: Duration = Duration::from_secs(2);
 /// One step of that.
@@ -58,6 +59,8 @@ pub(super) struct Committer {
 struct Open {
     since: Instant,
     bytes: usize,
+    /// The newest event was committed a moment ago.
+    is_live: bool,
     checkpoint: Checkpoint,
 }
 
@@ -95,8 +98,8 @@ impl Committer {
 
     /// How long the open transaction still waits for more.
     fn patience(&self, open: &Open) -> Duration {
-        let company = COMPANY.saturating_mul(1 + (open.bytes / COMPANY_BYTES) as u32);
-        company.min(self.age).saturating_sub(open.since.elapsed())
+        let company = if open.is_live { COMPANY } else { self.age };
+        company.saturating_sub(open.since.elapsed())
     }
 
     fn is_due(&self, now: bool) -> bool {
@@ -109,9 +112,15 @@ impl Committer {
         if self.open.is_none() {
             self.producer.begin_transaction().map_err(|e| self.failed(&e))?;
         }
-        let open = self.open.get_or_insert(Open { since: Instant::now(), bytes: 0, checkpoint: piece.checkpoint });
+        let open = self.open.get_or_insert(Open {
+            since: Instant::now(),
+            bytes: 0,
+            is_live: true,
+            checkpoint: piece.checkpoint,
+        });
         open.bytes += piece.bytes.len();
         open.checkpoint = piece.checkpoint;
+        open.is_live = piece.records.last().is_none_or(|r| age_of(r.timestamp) < BACKLOG);
         for record in &piece.records {
             self.produce(piece, record)?;
         }
@@ -141,7 +150,7 @@ impl Committer {
     }
 
     fn commit(&mut self, orders: &Orders<Piece>) -> Result<()> {
-        let Some(Open { checkpoint, since, bytes }) = self.open.take() else { return Ok(()) };
+        let Some(Open { checkpoint, since, bytes, .. }) = self.open.take() else { return Ok(()) };
         let Checkpoint { resume: end_lsn, partial: position } = checkpoint;
         let record = CheckpointRecord { identity: self.identity.clone(), end_lsn, position };
         let value = serde_json::to_vec(&record).map_err(|e| Error::fatal("writing a checkpoint", e))?;
@@ -205,12 +214,18 @@ impl Committer {
     }
 }
 
+/// Time since a commit, by this machine's clock; a clock that lies behind Postgres's makes it zero.
+fn age_of(commit_ms: i64) -> Duration {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    now.saturating_sub(Duration::from_millis(commit_ms.max(0) as u64))
+}
+
 /// A producer of this pipeline and slot; its start fences whoever had the id before.
 pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
     let mut settings = client_over(
         &config.kafka,
         &[
-            ("linger.ms", "5"),
+            ("linger.ms", "20"),
             ("batch.size", "1048576"),
             ("batch.num.messages", "20000"),
             ("queue.buffering.max.kbytes", "16384"),
