@@ -62,8 +62,14 @@ async fn finish(p: &Pipeline) -> Lsn {
 async fn sigkill_of_produce_at_random_moments() {
     let p = pipeline(Servers::shared(), "killp").await;
     let mut random = moments("produce");
+    p.run(include_str!("../sql/04_sample_content.sql")).await;
     let load = generate(&p, 20_000, 1000, 1);
-    kill_again_and_again(&p, &["produce"], &mut random).await;
+    let titles = async {
+        for _ in 0..40 {
+            load::titles(&p).await;
+        }
+    };
+    tokio::join!(kill_again_and_again(&p, &["produce"], &mut random), titles);
     load.ends_well().await;
     finish(&p).await;
 }
@@ -115,8 +121,7 @@ async fn postgres_stops_without_a_checkpoint() {
     let produce = p.start(&["produce"]);
     for seed in 1..=3 {
         let load = generate(&p, 100_000, 2000, seed);
-        let before = p.records("engagement_events").await.len();
-        until("it flows", async || p.records("engagement_events").await.len() > before + 500).await;
+        p.flows().await;
         a_moment(&mut random, 1500).await;
         stack.call(&["stop-immediate", "postgres"]);
         load.kill();
@@ -137,8 +142,7 @@ async fn the_kafka_broker_is_killed() {
     let (produce, consume) = (p.start(&["produce"]), p.start(&["consume", "--sinks", "redis"]));
     let load = generate(&p, 20_000, 800, 4);
     for _ in 0..2 {
-        let before = p.records("engagement_events").await.len();
-        until("it flows", async || p.records("engagement_events").await.len() > before + 500).await;
+        p.flows().await;
         a_moment(&mut random, 1500).await;
         stack.call(&["kill", "kafka"]);
         stack.call(&["up", "kafka"]);

@@ -3,11 +3,13 @@
 mod board;
 mod compose;
 mod crash;
+mod docs;
 mod e2e;
 mod external;
 mod face;
 mod generate;
 mod mock_external;
+mod pitfalls;
 mod produce;
 mod refuse;
 mod rig;

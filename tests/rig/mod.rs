@@ -206,6 +206,14 @@ impl Pipeline {
         now
     }
 
+    /// Waits until several more Kafka transactions have been committed: the load is on its way.
+    pub async fn flows(&self) {
+        let topic = [self.config.checkpoint_topic()];
+        let end = async || kafka::ends(&self.config, &topic).await[0];
+        let before = end().await;
+        until("it flows", async || end().await > before + 10).await;
+    }
+
     pub fn archive(&self) -> PathBuf {
         self.config.archive.dir.clone()
     }

@@ -17,6 +17,8 @@ use crate::sink::worker::{Next, Order, Orders};
 
 /// An open transaction with nothing more coming is closed after this long: a little company halves the broker's work.
 const COMPANY: Duration = Duration::from_millis(4);
+/// … and after as long again for each of these many bytes: the more is coming, the dearer are small transactions.
+const COMPANY_BYTES: usize = 16 << 10;
 /// How long the end of a session waits for the open transaction to be rolled back.
 const ROLL_BACK: Duration = Duration::from_secs(2);
 /// One step of that.
@@ -75,7 +77,7 @@ impl Committer {
     pub(super) fn run(mut self, orders: &Orders<Piece>) -> Result<()> {
         loop {
             let patience = match &self.open {
-                Some(open) if open.checkpoint.partial.is_none() => Some(COMPANY.saturating_sub(open.since.elapsed())),
+                Some(open) if open.checkpoint.partial.is_none() => Some(self.patience(open)),
                 _ => None,
             };
             match orders.next(patience) {
@@ -89,6 +91,12 @@ impl Committer {
                 Next::Gone => return self.roll_back(),
             }
         }
+    }
+
+    /// How long the open transaction still waits for more.
+    fn patience(&self, open: &Open) -> Duration {
+        let company = COMPANY.saturating_mul(1 + (open.bytes / COMPANY_BYTES) as u32);
+        company.min(self.age).saturating_sub(open.since.elapsed())
     }
 
     fn is_due(&self, now: bool) -> bool {
