@@ -22,8 +22,10 @@ use crate::lsn::Lsn;
 use crate::pgoutput::EPOCH_MICROS;
 use crate::sink::Durable;
 
-/// Free space of the read buffer before each read.
+/// Size of a read buffer; whole messages are cut out of it, and share it.
 const GULP: usize = 256 << 10;
+/// Free space of the read buffer before each read.
+const ROOM: usize = 64 << 10;
 /// How often feedback may be sent when the acknowledgement has moved.
 const TICK: Duration = Duration::from_millis(100);
 /// Feedback is sent at least this often; the server's patience (`wal_sender_timeout`) is 60 s by default.
@@ -182,7 +184,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<S> {
     /// Never returns `Ok`: the stream has no end of its own.
     async fn read(&mut self, tick: &mut Interval) -> Result<()> {
         loop {
-            self.buffer.reserve(GULP);
+            self.make_room();
             tokio::select! {
                 biased;
                 _ = tick.tick() => self.report(false).await?,
@@ -198,6 +200,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<S> {
                     self.pace.after(n);
                 }
             }
+        }
+    }
+
+    /// Most reads are far smaller than the buffer: a new one for each would cost more than the read.
+    fn make_room(&mut self) {
+        if self.buffer.capacity() - self.buffer.len() < ROOM {
+            self.buffer.reserve(GULP);
         }
     }
 
@@ -231,7 +240,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<S> {
         Ok(wanted)
     }
 
-    /// Remembers how far the server has sent. `at` is the payload's start in the buffer.
+    /// Remembers how far the server has sent, and how old it is. `at` is the payload's start in the buffer.
     fn note(&mut self, at: usize) -> Result<bool> {
         let payload = &self.buffer[at..];
         let long_enough = match payload.first() {
@@ -247,7 +256,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<S> {
         }
         let mut fields = &payload[1..];
         self.received = self.received.max(Lsn(fields.get_u64()));
-        Ok(payload[0] == b'k' && payload[17] == 1)
+        if payload[0] == b'k' {
+            self.pace.keepalive();
+            return Ok(payload[17] == 1);
+        }
+        fields.advance(8);
+        self.pace.message(fields.get_i64(), fields);
+        Ok(false)
     }
 
     /// Gives whole messages to the loop. While its queue is full only the socket waits; feedback goes on.
@@ -320,7 +335,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<S> {
                 }
                 self.buffer.advance(length + 1);
             }
-            self.buffer.reserve(GULP);
+            self.make_room();
             if self.connection.read_buf(&mut self.buffer).await.map_err(broken)? == 0 {
                 return Ok(());
             }
