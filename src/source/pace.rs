@@ -40,9 +40,13 @@ impl Pace {
 
     pub(super) fn after(&self, read: usize) {
         if self.lag > Self::BACKLOG && read < Self::LARGE {
-            // The thread is the reader's own. tokio's timer has a grain of a millisecond, which is too coarse here.
-            std::thread::sleep(Self::PAUSE);
+            Self::rest();
         }
+    }
+
+    /// The thread is the reader's own. tokio's timer has a grain of a millisecond, which is too coarse here.
+    pub(super) fn rest() {
+        std::thread::sleep(Self::PAUSE);
     }
 }
 

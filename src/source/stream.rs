@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Buf, BufMut, BytesMut};
+use futures_util::FutureExt;
 use pgwire_replication::protocol::messages::ErrorFields;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::runtime::Runtime;
@@ -271,12 +272,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<S> {
             return Ok(());
         }
         let share = self.scanned.min(self.limit) as u32;
-        let permit = Arc::clone(&self.queue).acquire_many_owned(share);
-        tokio::pin!(permit);
         let share = loop {
-            tokio::select! {
-                permit = &mut permit => break permit.map_err(broken)?,
-                _ = tick.tick() => self.report(false).await?,
+            if let Ok(permit) = Arc::clone(&self.queue).try_acquire_many_owned(share) {
+                break permit;
+            }
+            // Waiting for the permit itself would be waiting on the socket too: each message that comes would wake this
+            // thread for nothing, and the walsender pays for each of these wakes.
+            Pace::rest();
+            tokio::task::yield_now().await;
+            if tick.tick().now_or_never().is_some() {
+                self.report(false).await?;
             }
         };
         let bytes = self.buffer.split_to(std::mem::take(&mut self.scanned)).freeze();
