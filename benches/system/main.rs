@@ -3,6 +3,7 @@
 
 mod latency;
 mod load;
+mod parts;
 mod plan;
 mod process;
 mod reader;
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
+use parts::Parts;
 use plan::Workload;
 use reader::Run;
 use report::Figures;
@@ -40,7 +42,7 @@ async fn main() -> ExitCode {
 /// Measures, prints, and gives the number of bars that were missed.
 async fn bench() -> Result<usize> {
     let quick = std::env::var("QUICK").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
-    let figures = measure(quick).await?;
+    let figures = measure(quick, &Parts::from_env()?).await?;
     let raw = keep(&figures)?;
     println!("\n{}", figures.markdown());
     println!("Raw figures: {}\n", raw.display());
@@ -53,7 +55,7 @@ async fn bench() -> Result<usize> {
     Ok(missed)
 }
 
-async fn measure(quick: bool) -> Result<Figures> {
+async fn measure(quick: bool, parts: &Parts) -> Result<Figures> {
     let (workloads, latency) = plan::plan(quick);
     let stack = Stack::open().await?;
     let machine = stack.machine().await?;
@@ -66,16 +68,20 @@ async fn measure(quick: bool) -> Result<Figures> {
     std::fs::create_dir_all(&stack.dir)?;
     load::prepare(&stack).await?;
     let (mut measured, mut runs) = (Vec::new(), Vec::new());
-    for workload in workloads {
+    for workload in workloads.into_iter().filter(|_| parts.has("speed")) {
         eprintln!("bench     {}: writing {} rows", workload.name, workload.rows);
         let backlog = load::load(&stack, workload).await?;
         measured.push((workload, backlog.row_bytes));
         take_turns(&stack, &backlog, &mut runs).await?;
         stack.drop_slot(&backlog.slot).await?;
     }
-    eprintln!("bench     latency at {} events/s for {} s", plan::LATENCY_RATE, latency.as_secs());
-    let latency = latency::measure(&stack, latency).await?;
-    let micro = report::micro(&target().join("criterion"));
+    let latency = if parts.has("latency") {
+        eprintln!("bench     latency at {} events/s for {} s", plan::LATENCY_RATE, latency.as_secs());
+        Some(latency::measure(&stack, latency).await?)
+    } else {
+        None
+    };
+    let micro = if parts.has("micro") { report::micro(&target().join("criterion")) } else { Vec::new() };
     Ok(Figures { machine, workloads: measured, runs, latency, micro })
 }
 

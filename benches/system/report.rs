@@ -20,8 +20,8 @@ pub struct Figures {
     pub workloads: Vec<(Workload, RowBytes)>,
     /// Each run.
     pub runs: Vec<Run>,
-    /// The steady load.
-    pub latency: Latency,
+    /// The steady load; `None` where that part was left out.
+    pub latency: Option<Latency>,
     /// Nanoseconds an event, by step.
     pub micro: Vec<(String, f64)>,
 }
@@ -141,7 +141,8 @@ impl Figures {
     }
 
     fn write_latency(&self, out: &mut String) -> std::fmt::Result {
-        let Latency { rate, kafka, redis, produce_rss, consume_rss, events } = &self.latency;
+        let Some(latency) = &self.latency else { return Ok(()) };
+        let Latency { rate, kafka, redis, produce_rss, consume_rss, events } = latency;
         writeln!(out, "\n### Latency from commit at {rate} events/s, milliseconds\n")?;
         writeln!(out, "| to | p50 | p99 | max |\n|---|--:|--:|--:|")?;
         for (to, p) in [("Kafka, readable with read_committed", kafka), ("Redis, on the board", redis)] {
