@@ -1,25 +1,29 @@
 //! The whole system against real servers: how fast each way out of Postgres is beside `pg_recvlogical -f /dev/null`, what it
 //! costs, and what is in the sinks afterwards. `make bench` starts the servers and runs it; docs/benchmarks.md has the method.
 
+mod bars;
 mod latency;
 mod load;
 mod parts;
+mod peer;
 mod plan;
 mod process;
 mod reader;
 mod report;
+mod shape;
 mod sinks;
+mod speed;
 mod stack;
+mod table;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use parts::Parts;
-use plan::Workload;
-use reader::Run;
 use report::Figures;
+use speed::Speed;
 use stack::Stack;
 
 /// Exit code: all was measured, and a bar is missed.
@@ -56,7 +60,7 @@ async fn bench() -> Result<usize> {
 }
 
 async fn measure(quick: bool, parts: &Parts) -> Result<Figures> {
-    let (workloads, latency) = plan::plan(quick);
+    let (workloads, latency) = plan::plan(quick, parts);
     let stack = Stack::open().await?;
     let machine = stack.machine().await?;
     if machine.load > 1.0 {
@@ -67,13 +71,14 @@ async fn measure(quick: bool, parts: &Parts) -> Result<Figures> {
     }
     std::fs::create_dir_all(&stack.dir)?;
     load::prepare(&stack).await?;
-    let (mut measured, mut runs) = (Vec::new(), Vec::new());
-    for workload in workloads.into_iter().filter(|_| parts.has("speed")) {
+    let mut speed = Speed::default();
+    speed.install_peers(&stack, &workloads);
+    for workload in workloads {
         eprintln!("bench     {}: writing {} rows", workload.name, workload.rows);
         let backlog = load::load(&stack, workload).await?;
-        measured.push((workload, backlog.row_bytes));
-        take_turns(&stack, &backlog, &mut runs).await?;
-        stack.drop_slot(&backlog.slot).await?;
+        speed.workloads.push((workload, backlog.row_bytes));
+        speed.take_turns(&stack, &backlog).await?;
+        load::unload(&stack, &backlog).await?;
     }
     let latency = if parts.has("latency") {
         eprintln!("bench     latency at {} events/s for {} s", plan::LATENCY_RATE, latency.as_secs());
@@ -82,22 +87,7 @@ async fn measure(quick: bool, parts: &Parts) -> Result<Figures> {
         None
     };
     let micro = if parts.has("micro") { report::micro(&target().join("criterion")) } else { Vec::new() };
-    Ok(Figures { machine, workloads: measured, runs, latency, micro })
-}
-
-/// A B C A B C …: what drifts in the machine meets all readers alike.
-async fn take_turns(stack: &Stack, backlog: &load::Backlog, runs: &mut Vec<Run>) -> Result<()> {
-    let Workload { name, rounds, readers, .. } = backlog.workload;
-    for round in 1..=rounds {
-        for reader in readers {
-            let run = reader::run(stack, backlog, *reader, runs.len()).await;
-            let run = run.with_context(|| format!("{name}, {reader}, round {round}"))?;
-            let rate = run.rows_per_second / 1000.0;
-            eprintln!("bench     {name}, round {round} of {rounds}: {reader:<30} {rate:>5.0}k rows/s");
-            runs.push(run);
-        }
-    }
-    Ok(())
+    Ok(Figures { machine, speed, latency, micro })
 }
 
 /// Writes the raw figures; each run of the bench has its own file.
