@@ -32,7 +32,7 @@ debezium_copy() {
 # debezium_run PEER DIR SLOT TOPIC
 debezium_run() {
     local port main=ConnectStandalone files=(worker.properties connector.properties)
-    cd "$2"
+    cd "$2" || exit
     port=$(debezium_port)
     debezium_worker "$1" "$port" "$3" >worker.properties
     debezium_connector "$3" "${4%.public.*}" >connector.properties
@@ -115,6 +115,9 @@ max.batch.size=8192
 max.queue.size=32768
 poll.interval.ms=10
 tombstones.on.delete=false
+advanced.metrics.enable=false
+# Else a pg_logical_emit_message() of any prefix is an event for a topic that does not exist, and holds up what follows.
+message.prefix.exclude.list=.*
 transforms=unwrap
 transforms.unwrap.type=io.debezium.transforms.ExtractNewRecordState
 CONF
@@ -123,7 +126,7 @@ CONF
 # A distributed worker is given its connector by HTTP, as soon as it listens. It ends with the worker.
 debezium_submit() {
     local body worker=$$ deadline=$((SECONDS + 90))
-    body=$(sed 's/\([^=]*\)=\(.*\)/"\1": "\2"/' connector.properties | paste -sd ,)
+    body=$(sed '/^#/d; s/\([^=]*\)=\(.*\)/"\1": "\2"/' connector.properties | paste -sd ,)
     until curl -sf -o submit.answer -X PUT -H 'Content-Type: application/json' -d "{$body}" \
         "http://127.0.0.1:$1/connectors/bench/config"; do
         ((SECONDS < deadline)) && kill -0 "$worker" 2>/dev/null || return 1
