@@ -22,7 +22,13 @@ pub struct Speed {
     pub runs: Vec<Run>,
     /// The peers that could not be measured.
     pub absent: Vec<Absent>,
+    /// Whether Kafka has been warmed up.
+    #[serde(skip)]
+    warm: bool,
 }
+
+/// Number of the run that warms up Kafka, in the names that runs have in the servers.
+const WARM_UP: usize = 999;
 
 /// A peer that could not be measured, or not in every round.
 #[derive(Serialize)]
@@ -49,14 +55,27 @@ impl Speed {
         self.absent.push(Absent { reader, why: format!("{error:#}") });
     }
 
-    /// Why a peer was left out.
-    pub fn why_absent(&self, reader: Reader) -> Option<&str> {
-        self.absent.iter().find(|absent| absent.reader == reader).map(|absent| absent.why.as_str())
+    /// Why a peer was left out: the end of what it said, which has the reason.
+    pub fn why_absent(&self, reader: Reader) -> Option<String> {
+        let why = &self.absent.iter().find(|absent| absent.reader == reader)?.why;
+        let last = why.lines().last().unwrap_or_default();
+        Some(last.chars().take(160).map(|c| if c == '|' { '/' } else { c }).collect())
+    }
+
+    /// One reading into Kafka that is not counted: by then the broker's JVM has compiled what the first rounds need.
+    async fn warm_up(&mut self, stack: &Stack, backlog: &Backlog) -> Result<()> {
+        if self.warm || !backlog.workload.readers.contains(&Reader::Kafka) {
+            return Ok(());
+        }
+        self.warm = true;
+        let run = reader::run(stack, backlog, Reader::Kafka, WARM_UP).await;
+        run.map(drop).context("warming up Kafka")
     }
 
     /// A B C A B C …: what drifts in the machine meets all readers alike.
     pub async fn take_turns(&mut self, stack: &Stack, backlog: &Backlog) -> Result<()> {
         let Workload { name, rounds, readers, peers, .. } = backlog.workload;
+        self.warm_up(stack, backlog).await?;
         for round in 1..=rounds {
             let peers = if round % 2 == 1 { peers } else { &[] };
             for reader in readers.iter().chain(peers).copied() {
@@ -134,8 +153,7 @@ impl Speed {
                 held: ratio >= least,
             },
             None => {
-                let why = self.why_absent(to.reader()).unwrap_or("there is no figure");
-                let why = why.lines().next().unwrap_or_default();
+                let why = self.why_absent(to.reader()).unwrap_or_else(|| "there is no figure".into());
                 Verdict {
                     text: format!("{workload}, {reader}: ratio{beside} not measured ({why}), {needed}"),
                     held: false,

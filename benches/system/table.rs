@@ -39,8 +39,8 @@ impl Speed {
         if self.of(workload, reader).next().is_some() {
             self.write_figures(out, workload, reader)?;
         }
-        match self.why_absent(reader).and_then(|why| why.lines().next()) {
-            Some(why) => writeln!(out, "| {reader} | not measured: {} |||||||||", why.replace('|', "/")),
+        match self.why_absent(reader) {
+            Some(why) => writeln!(out, "| {reader} | not measured: {why} |||||||||"),
             None => Ok(()),
         }
     }

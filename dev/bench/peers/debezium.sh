@@ -42,7 +42,7 @@ debezium_run() {
         debezium_submit "$port" &
     fi
     # The heap is what Connect's own start script gives it.
-    exec java -Xms256m -Xmx2g -XX:+UseG1GC -XX:MaxGCPauseMillis=20 -Djava.awt.headless=true \
+    exec setpriv --pdeathsig TERM java -Xms256m -Xmx2g -XX:+UseG1GC -XX:MaxGCPauseMillis=20 -Djava.awt.headless=true \
         "-Dlog4j2.configurationFile=$parts/kafka-log4j2.xml" -cp "$debezium_home/connect/*" \
         "org.apache.kafka.connect.cli.$main" "${files[@]}"
 }

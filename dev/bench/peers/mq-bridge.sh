@@ -21,5 +21,6 @@ mq_bridge_fetch() {
 # mq_bridge_run PEER DIR SLOT TARGET
 mq_bridge_run() {
     cd "$2" || exit
-    exec "$cache/mq-bridge-$mq_bridge_version/venv/bin/python" "$here/mq_bridge_route.py" "${1#mq-bridge-}" "$3" "$4"
+    exec setpriv --pdeathsig TERM "$cache/mq-bridge-$mq_bridge_version/venv/bin/python" "$here/mq_bridge_route.py" \
+        "${1#mq-bridge-}" "$3" "$4"
 }
