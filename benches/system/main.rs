@@ -2,7 +2,7 @@
 //! costs, and what is in the sinks afterwards. `make bench` starts the servers and runs it; docs/benchmarks.md has the method.
 
 mod bars;
-mod latency;
+mod live;
 mod load;
 mod parts;
 mod peer;
@@ -60,7 +60,7 @@ async fn bench() -> Result<usize> {
 }
 
 async fn measure(quick: bool, parts: &Parts) -> Result<Figures> {
-    let (workloads, latency) = plan::plan(quick, parts);
+    let workloads = plan::plan(quick, parts);
     let stack = Stack::open().await?;
     let machine = stack.machine().await?;
     if machine.load > 1.0 {
@@ -80,14 +80,9 @@ async fn measure(quick: bool, parts: &Parts) -> Result<Figures> {
         speed.take_turns(&stack, &backlog).await?;
         load::unload(&stack, &backlog).await?;
     }
-    let latency = if parts.has("latency") {
-        eprintln!("bench     latency at {} events/s for {} s", plan::LATENCY_RATE, latency.as_secs());
-        Some(latency::measure(&stack, latency).await?)
-    } else {
-        None
-    };
+    let live = live::measure(&stack, quick, parts).await?;
     let micro = if parts.has("micro") { report::micro(&target().join("criterion")) } else { Vec::new() };
-    Ok(Figures { machine, speed, latency, micro })
+    Ok(Figures { machine, speed, live, micro })
 }
 
 /// Writes the raw figures; each run of the bench has its own file.
@@ -97,6 +92,11 @@ fn keep(figures: &Figures) -> Result<PathBuf> {
     let time = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
     let file = dir.join(format!("{time}.json"));
     std::fs::write(&file, serde_json::to_vec_pretty(figures)?)?;
+    if let Some(plot) = figures.live.plot() {
+        let file = dir.join("growth.svg");
+        std::fs::write(&file, plot)?;
+        println!("Plot of growth: {}", file.display());
+    }
     Ok(file)
 }
 

@@ -1,7 +1,6 @@
 //! What is measured: a table of workloads. A new one is a new line here; what has to hold is in `bars.rs`.
 
 use std::fmt;
-use std::time::Duration;
 
 use serde::Serialize;
 
@@ -115,8 +114,8 @@ pub const MANY: &str = "100k rows/tx";
 /// One transaction.
 pub const HUGE: &str = "one transaction";
 
-/// The workloads of the chosen parts, and how long the latency is measured.
-pub fn plan(quick: bool, parts: &Parts) -> (Vec<Workload>, Duration) {
+/// The workloads of the chosen parts.
+pub fn plan(quick: bool, parts: &Parts) -> Vec<Workload> {
     use Shape::{FullUpdates, Inserts, Tables, Wide};
     let workload = |name, shape, rows, per_transaction, rounds, readers| Workload {
         name,
@@ -150,8 +149,5 @@ pub fn plan(quick: bool, parts: &Parts) -> (Vec<Workload>, Duration) {
             .filter(|w| w.name == HUNDRED)
             .for_each(|w| w.peers = if quick { MQ_BRIDGE } else { PEERS });
     }
-    (workloads, Duration::from_secs(if quick { 18 } else { 40 }))
+    workloads
 }
-
-/// Rows a second while latency is measured.
-pub const LATENCY_RATE: u64 = 2000;

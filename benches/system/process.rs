@@ -29,6 +29,8 @@ pub struct Servers {
     pub postgres: u32,
     /// The broker.
     pub kafka: u32,
+    /// The board's Redis.
+    pub redis: u32,
 }
 
 /// CPU seconds, user and system.
@@ -231,7 +233,8 @@ fn walsender(postmaster: u32) -> Option<u32> {
     })
 }
 
-fn cpu_seconds(pid: u32) -> Option<f64> {
+/// CPU seconds of a process so far, user and system; `None` when there is none.
+pub fn cpu_seconds(pid: u32) -> Option<f64> {
     Stat::read(pid).map(|s| s.cpu_seconds)
 }
 

@@ -62,7 +62,7 @@ impl Run {
 
 /// Reads the backlog once.
 pub async fn run(stack: &Stack, backlog: &Backlog, reader: Reader, number: usize) -> Result<Run> {
-    let name = format!("{}_{number}", backlog.slot);
+    let name = pipeline(backlog, number);
     if let Some(peer) = reader.peer() {
         return peer::run(stack, backlog, reader, peer, &name).await;
     }
@@ -94,6 +94,11 @@ pub async fn run(stack: &Stack, backlog: &Backlog, reader: Reader, number: usize
     stack.drop_slot(&slot).await?;
     sinks::remove(stack, &name).await?;
     Ok(summary(backlog, reader, finished, streaming, sinks))
+}
+
+/// Name of the pipeline of one run.
+pub fn pipeline(backlog: &Backlog, number: usize) -> String {
+    format!("{}_{number}", backlog.slot)
 }
 
 /// A `falaj` whose names and directories are those of one pipeline.

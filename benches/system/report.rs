@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::latency::Latency;
+use crate::live::Live;
 use crate::speed::Speed;
 use crate::stack::Machine;
 
@@ -16,8 +16,8 @@ pub struct Figures {
     pub machine: Machine,
     /// How fast the backlogs were read.
     pub speed: Speed,
-    /// The steady load; `None` where that part was left out.
-    pub latency: Option<Latency>,
+    /// The system at work.
+    pub live: Live,
     /// Nanoseconds an event, by step.
     pub micro: Vec<(String, f64)>,
 }
@@ -33,7 +33,9 @@ pub struct Verdict {
 impl Figures {
     /// Every bar.
     pub fn verdicts(&self) -> Vec<Verdict> {
-        self.speed.verdicts()
+        let mut verdicts = self.speed.verdicts();
+        verdicts.extend(self.live.verdicts());
+        verdicts
     }
 
     /// All tables.
@@ -50,25 +52,8 @@ impl Figures {
         writeln!(out, "Machine: {cpus} × {cpu}, {memory_gb} GB, Linux {kernel}; load average at the start {load}.")?;
         writeln!(out, "Postgres {postgres}, Kafka {kafka}, librdkafka {librdkafka}, Redis {redis}, falaj {commit}.")?;
         self.speed.write(out)?;
-        self.write_latency(out)?;
+        out.push_str(&self.live.markdown());
         self.write_micro(out)
-    }
-
-    fn write_latency(&self, out: &mut String) -> std::fmt::Result {
-        let Some(latency) = &self.latency else { return Ok(()) };
-        let Latency { rate, kafka, redis, produce_rss, consume_rss, events } = latency;
-        writeln!(out, "\n### Latency from commit at {rate} events/s, milliseconds\n")?;
-        writeln!(out, "| to | p50 | p99 | max |\n|---|--:|--:|--:|")?;
-        for (to, p) in [("Kafka, readable with read_committed", kafka), ("Redis, on the board", redis)] {
-            writeln!(out, "| {to} | {:.1} | {:.1} | {:.1} |", p.p50, p.p99, p.max)?;
-        }
-        let mb = |bytes: &u64| *bytes as f64 / 1e6;
-        writeln!(
-            out,
-            "\n{events} events; peak RSS of produce {:.0} MB, of consume {:.0} MB.",
-            mb(produce_rss),
-            mb(consume_rss)
-        )
     }
 
     fn write_micro(&self, out: &mut String) -> std::fmt::Result {
