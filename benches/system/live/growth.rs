@@ -219,9 +219,9 @@ impl Growth {
         if let Some(board) = board {
             let rates = board.medians(|run| board.rate(run) / 1e3);
             let bars = rates.into_iter().map(|(consumers, rate)| (consumers.to_string(), rate)).collect();
-            panels.push(Panel { title: "k events/s to Redis by consumers".into(), bars });
+            panels.push(Panel { title: "k events/s by consumers".into(), bars });
         }
-        let memory = By::ALL.map(|by| panel(by, "peak RSS in MB by {}", |case| case.rss() / 1e6));
+        let memory = By::ALL.map(|by| panel(by, "peak MB by {}", |case| case.rss() / 1e6));
         plot(&[&panels, &memory])
     }
 }
@@ -241,8 +241,8 @@ impl Case {
 /// 20 k, 10 M
 fn short(size: u64) -> String {
     match size {
-        _ if size >= MILLION && size % MILLION == 0 => format!("{} M", size / MILLION),
-        _ if size >= 1000 && size % 1000 == 0 => format!("{} k", size / 1000),
+        _ if size >= MILLION && size.is_multiple_of(MILLION) => format!("{} M", size / MILLION),
+        _ if size >= 1000 && size.is_multiple_of(1000) => format!("{} k", size / 1000),
         _ => size.to_string(),
     }
 }

@@ -20,7 +20,7 @@ pub struct Panel {
     pub bars: Vec<(String, f64)>,
 }
 
-/// One row of charts below the other.
+/// One row of charts below the other. The charts of a row have one scale.
 pub fn plot(rows: &[&[Panel]]) -> String {
     let columns = rows.iter().map(|row| row.len()).max().unwrap_or(0);
     let (width, height) = (WIDE * columns as f64, HIGH * rows.len() as f64);
@@ -29,9 +29,11 @@ pub fn plot(rows: &[&[Panel]]) -> String {
          font-family=\"sans-serif\" font-size=\"12\" fill=\"#777\" text-anchor=\"middle\">\n"
     );
     for (y, row) in rows.iter().enumerate() {
+        let values = row.iter().flat_map(|panel| &panel.bars).map(|(_, value)| *value);
+        let most = values.fold(f64::MIN_POSITIVE, f64::max);
         for (x, panel) in row.iter().enumerate() {
             let _ = writeln!(svg, "<g transform=\"translate({}, {})\">", x as f64 * WIDE, y as f64 * HIGH);
-            draw(&mut svg, panel, COLOURS[y % COLOURS.len()]);
+            draw(&mut svg, panel, most, COLOURS[y % COLOURS.len()]);
             svg.push_str("</g>\n");
         }
     }
@@ -39,10 +41,9 @@ pub fn plot(rows: &[&[Panel]]) -> String {
     svg
 }
 
-fn draw(svg: &mut String, panel: &Panel, colour: &str) {
+fn draw(svg: &mut String, panel: &Panel, most: f64, colour: &str) {
     let (middle, ground) = (WIDE / 2.0, HIGH - BELOW);
     text(svg, middle, 18.0, " font-weight=\"bold\"", &panel.title);
-    let most = panel.bars.iter().map(|(_, value)| *value).fold(f64::MIN_POSITIVE, f64::max);
     let step = (WIDE - 2.0 * SIDE) / panel.bars.len().max(1) as f64;
     for (at, (label, value)) in panel.bars.iter().enumerate() {
         let (centre, wide) = (SIDE + step * (at as f64 + 0.5), step.min(80.0) * 0.6);
