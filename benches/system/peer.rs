@@ -37,7 +37,8 @@ pub fn install(servers: Servers, peer: &str) -> Result<()> {
     process::run(command, servers).map(drop)
 }
 
-fn script() -> Command {
+/// The script that runs them.
+pub fn script() -> Command {
     Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("dev/bench/peers/peer"))
 }
 
@@ -226,7 +227,7 @@ fn ids(file: &Path) -> Result<Vec<u64>> {
 }
 
 /// A whole number that stands bare in the body; the payload, in which the same name might be, is a text with escaped quotes.
-fn number(body: &[u8], name: &str) -> Option<u64> {
+pub fn number(body: &[u8], name: &str) -> Option<u64> {
     let text = std::str::from_utf8(body).ok()?;
     let label = format!("\"{name}\":");
     let digits = text[text.find(&label)? + label.len()..].split([',', '}']).next()?;

@@ -5,6 +5,7 @@ mod applied; //   when the board has counted what
 mod board; //     Kafka → Redis
 mod growth; //    backlogs, contents, partitions
 mod latency; //   commit → readable, commit → on the board
+mod peer; //      Debezium's latency
 mod plot; //      bars as SVG
 mod readable; //  when Kafka lets whom read what
 mod recovery; //  start, SIGKILL
@@ -37,7 +38,7 @@ pub struct Live {
 pub async fn measure(stack: &Stack, quick: bool, parts: &Parts) -> Result<Live> {
     let mut live = Live { latency: None, recovery: None, board: None, growth: None };
     if parts.has("latency") {
-        live.latency = Some(latency::measure(stack, quick).await.context("latency")?);
+        live.latency = Some(latency::measure(stack, quick, parts.has("peers")).await.context("latency")?);
     }
     if parts.has("recovery") {
         live.recovery = Some(recovery::measure(stack, quick).await.context("recovery")?);

@@ -41,6 +41,9 @@ impl Seen {
     }
 }
 
+/// Microseconds since 1970 at which a record's row was committed.
+type Committed = fn(&[u8]) -> Option<i64>;
+
 /// The reader's thread, and what it has read.
 pub struct Readable {
     stop: Arc<AtomicBool>,
@@ -49,13 +52,23 @@ pub struct Readable {
 }
 
 impl Readable {
-    /// Reads from the topic's end on; once this returns it is already polling there.
-    pub fn start(config: &Kafka, pipeline: &str) -> Result<Self> {
-        let consumer = sinks::reader(config, &config.topic(pipeline, TABLE), Offset::End)?;
+    /// Reads falaj's events from the topic's end on; once this returns it is already polling there.
+    pub fn of_pipeline(config: &Kafka, pipeline: &str) -> Result<Self> {
+        Self::start(config, &config.topic(pipeline, TABLE), commit_ts)
+    }
+
+    /// The same of any topic. `committed` finds the commit's time in a record's value.
+    pub fn start(config: &Kafka, topic: &str, committed: Committed) -> Result<Self> {
+        let consumer = sinks::reader(config, topic, Offset::End)?;
         go_to_end(&consumer)?;
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, (sender, seen)) = (Arc::clone(&stop), channel());
-        Ok(Self { stop, thread: thread::spawn(move || read(&consumer, &stopped, &sender)), seen })
+        Ok(Self { stop, thread: thread::spawn(move || read(&consumer, committed, &stopped, &sender)), seen })
+    }
+
+    /// The next event, if it comes within `patience`.
+    pub fn take(&self, patience: Duration) -> Option<Seen> {
+        self.seen.recv_timeout(patience).ok()
     }
 
     /// The next event that `wanted` takes.
@@ -99,20 +112,24 @@ fn go_to_end(consumer: &BaseConsumer) -> Result<()> {
     Ok(())
 }
 
-fn read(consumer: &BaseConsumer, stopped: &AtomicBool, sender: &Sender<Seen>) -> Result<()> {
+fn read(consumer: &BaseConsumer, committed: Committed, stopped: &AtomicBool, sender: &Sender<Seen>) -> Result<()> {
     while !stopped.load(Ordering::Relaxed) {
         // The end of a partition comes as an error, again and again: it says nothing here.
         if let Some(Ok(message)) = consumer.poll(Duration::from_millis(100)) {
             let readable = Timestamp::now().as_microsecond();
             // Nobody listens any more only when the bench itself is ending.
-            let _ = sender.send(seen(&message, readable)?);
+            let _ = sender.send(seen(&message, committed, readable)?);
         }
     }
     Ok(())
 }
 
-fn seen(message: &BorrowedMessage<'_>, readable: i64) -> Result<Seen> {
-    let committed = message.payload().and_then(|body| field(body, "_commit_ts")).context("no _commit_ts")?;
-    let committed = committed.parse::<Timestamp>()?.as_microsecond();
+fn commit_ts(body: &[u8]) -> Option<i64> {
+    Some(field(body, "_commit_ts")?.parse::<Timestamp>().ok()?.as_microsecond())
+}
+
+fn seen(message: &BorrowedMessage<'_>, committed: Committed, readable: i64) -> Result<Seen> {
+    let body = message.payload().unwrap_or_default();
+    let committed = committed(body).with_context(|| format!("no commit time in {}", String::from_utf8_lossy(body)))?;
     Ok(Seen { partition: message.partition(), offset: message.offset(), committed, readable })
 }

@@ -85,7 +85,7 @@ async fn start(stack: &Stack) -> Result<f64> {
     );
     stack.execute(&rows).await?;
     tokio::task::block_in_place(|| {
-        let readable = Readable::start(&stack.config.kafka, PIPELINE)?;
+        let readable = Readable::of_pipeline(&stack.config.kafka, PIPELINE)?;
         let began = Timestamp::now().as_microsecond();
         let produce = produce(stack)?;
         let first = readable.wait(|_| true)?;
@@ -98,7 +98,7 @@ async fn start(stack: &Stack) -> Result<f64> {
 fn crash(stack: &Stack, rounds: usize) -> Result<Vec<f64>> {
     let mut producing = produce(stack)?;
     producing.wait_for(" streaming ")?;
-    let readable = Readable::start(&stack.config.kafka, PIPELINE)?;
+    let readable = Readable::of_pipeline(&stack.config.kafka, PIPELINE)?;
     let rate = RATE.to_string();
     let load = Role::start(role(stack, &["generate", "--rate", &rate, "--seed", "7"]), &dir(stack), "generate")?;
     let mut crashes = Vec::new();

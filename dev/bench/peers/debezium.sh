@@ -41,10 +41,17 @@ debezium_run() {
         echo exactly.once.support=required >>connector.properties
         debezium_submit "$port" &
     fi
+    [[ ${PEER_FOR:-} != latency ]] || debezium_for_latency
     # The heap is what Connect's own start script gives it.
     exec setpriv --pdeathsig TERM java -Xms256m -Xmx2g -XX:+UseG1GC -XX:MaxGCPauseMillis=20 -Djava.awt.headless=true \
         "-Dlog4j2.configurationFile=$parts/kafka-log4j2.xml" -cp "$debezium_home/connect/*" \
         "org.apache.kafka.connect.cli.$main" "${files[@]}"
+}
+
+# Nothing waits for a batch, and each row brings the time of its commit. Of two lines with one key the later one counts.
+debezium_for_latency() {
+    echo producer.linger.ms=0 >>worker.properties
+    echo transforms.unwrap.add.fields=source.ts_us >>connector.properties
 }
 
 # Below the range that the kernel gives to outgoing connections.
