@@ -54,7 +54,8 @@ impl Held {
             let connect = move || async move {
                 let mut wire = Wire::connect(&conninfo, APPLICATION).await?;
                 let system = wire.identify_system().await?;
-                Ok((wire.copy_both(&command).await?, system))
+                let (stream, pace) = wire.copy_both(&command).await?;
+                Ok((stream, pace, system))
             };
             match Stream::open(world.config.produce.queue_bytes.0, connect).await {
                 Ok((stream, system)) => {
@@ -136,12 +137,7 @@ fn start_command(slot: &str, publication: &str, form: WireForm) -> String {
     )
 }
 
-async fn open_sink(
-    name: SinkName,
-    config: &Arc<Config>,
-    identity: &SlotIdentity,
-    tables: &[String],
-) -> Result<Opened> {
+async fn open_sink(name: SinkName, config: &Arc<Config>, identity: &SlotIdentity, tables: &[String]) -> Result<Opened> {
     match name {
         SinkName::Kafka => sink::kafka::open(Arc::clone(config), identity, tables).await,
         SinkName::Archive => sink::parquet::open(config, identity),

@@ -2,12 +2,18 @@
 
 use std::time::Duration;
 
-/// Lets the socket fill while a backlog is sent, and reads at once while the stream is live.
+/// Lets the server's messages gather while a backlog is sent, and reads at once while the stream is live.
 ///
-/// What tells them apart is how long ago the transaction that is being sent was committed, both times by the server's
-/// clock. A rate would not do: one that falls because the reader wakes for every message would keep it from pausing.
-#[derive(Default)]
-pub(super) struct Pace {
+/// The walsender hands each message to the kernel by itself, and each that is sent at once costs it as much as decoding
+/// it did. They gather in large segments only while the receive window is full. So it is kept small
+/// ([`super::conn::Stream::bound_window`]), and after each gulp the thread rests for as long as the window takes to fill.
+///
+/// What tells a backlog from live changes is how long ago the transaction that is being sent was committed, both times by
+/// the server's clock. A rate would not do: one that falls because the reader wakes for every message keeps it awake.
+pub struct Pace {
+    /// Bytes of the receive window, where it is bounded.
+    window: Option<usize>,
+    pause: Duration,
     /// Commit time of the transaction that is being sent, µs.
     committed: i64,
     /// How much later its last message was sent, µs.
@@ -17,10 +23,16 @@ pub(super) struct Pace {
 impl Pace {
     /// A pause is nothing beside this lag, in µs, and it lets a reader that falls behind catch up.
     const BACKLOG: i64 = 20_000;
-    /// A read of this size has emptied a full socket: no need to wait for more.
-    const LARGE: usize = 128 << 10;
-    /// Beyond about this the walsender waits for us.
-    const PAUSE: Duration = Duration::from_micros(500);
+    const SHORTEST: Duration = Duration::from_micros(200);
+    /// Where the window is not bounded, a longer pause only makes the walsender wait.
+    const USUAL: Duration = Duration::from_micros(500);
+    /// The kernel takes in what a walsender writes meanwhile.
+    const LONGEST: Duration = Duration::from_millis(20);
+
+    /// For a stream whose receive window is `window` bytes; `None` where it is not known.
+    pub fn new(window: Option<usize>) -> Self {
+        Self { window, pause: Self::USUAL, committed: 0, lag: 0 }
+    }
 
     /// A pgoutput message, and when the server sent it (µs since 2000-01-01).
     pub(super) fn message(&mut self, sent: i64, message: &[u8]) {
@@ -38,15 +50,30 @@ impl Pace {
         self.lag = 0;
     }
 
-    pub(super) fn after(&self, read: usize) {
-        if self.lag > Self::BACKLOG && read < Self::LARGE {
-            Self::rest();
+    /// After a gulp of `read` bytes that has emptied the socket.
+    pub(super) fn after(&mut self, read: usize) {
+        if self.lag <= Self::BACKLOG {
+            return;
+        }
+        match self.window {
+            // The window had not closed: what came was sent one by one. A long rest lets the server get far enough ahead
+            // that what it sends next is waiting behind the window already.
+            Some(window) if read < window => {
+                self.pause = (self.pause * 5 / 4).min(Self::LONGEST);
+                std::thread::sleep(Self::LONGEST);
+            }
+            // More was waiting than the window took: a little shorter, until that is used up.
+            Some(_) => {
+                self.pause = (self.pause * 31 / 32).max(Self::SHORTEST);
+                self.rest();
+            }
+            None => self.rest(),
         }
     }
 
     /// The thread is the reader's own. tokio's timer has a grain of a millisecond, which is too coarse here.
-    pub(super) fn rest() {
-        std::thread::sleep(Self::PAUSE);
+    pub(super) fn rest(&self) {
+        std::thread::sleep(self.pause);
     }
 }
 
@@ -57,7 +84,7 @@ mod tests {
     #[test]
     fn the_age_of_the_commit_tells_a_backlog_from_live_changes() {
         let begin = |commit: i64| [b"B".as_slice(), &[0; 8], &commit.to_be_bytes(), &[0; 4]].concat();
-        let mut pace = Pace::default();
+        let mut pace = Pace::new(None);
         pace.message(1_000_900, &begin(1_000_000));
         assert!(pace.lag <= Pace::BACKLOG);
         pace.message(1_050_000, b"I");
@@ -67,5 +94,24 @@ mod tests {
         pace.message(i64::MAX, &begin(i64::MIN));
         assert!(pace.lag > Pace::BACKLOG);
         pace.message(5, b"B short");
+    }
+
+    #[test]
+    fn the_pause_finds_the_time_that_the_window_takes_to_fill() {
+        let mut pace = Pace::new(Some(1000));
+        pace.lag = Pace::BACKLOG + 1;
+        pace.after(100);
+        assert!(pace.pause > Pace::USUAL);
+        for _ in 0..100 {
+            pace.after(1000);
+        }
+        assert_eq!(pace.pause, Pace::SHORTEST);
+        for _ in 0..40 {
+            pace.after(0);
+        }
+        assert_eq!(pace.pause, Pace::LONGEST);
+        pace.keepalive();
+        pace.after(1000);
+        assert_eq!(pace.pause, Pace::LONGEST, "live changes say nothing about it");
     }
 }

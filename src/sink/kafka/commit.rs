@@ -228,7 +228,7 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
             ("linger.ms", "20"),
             ("batch.size", "1048576"),
             ("batch.num.messages", "20000"),
-            ("queue.buffering.max.kbytes", "16384"),
+            ("queue.buffering.max.kbytes", "8192"),
             ("queue.buffering.max.messages", "200000"),
             ("transaction.timeout.ms", "60000"),
             ("message.timeout.ms", "45000"),
