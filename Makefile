@@ -23,7 +23,7 @@ check:
 
 bench:
 	@dev/setup build
-	@QUICK=$(QUICK) dev/bench
+	@QUICK=$(QUICK) PARTS=$(PARTS) dev/bench/run
 
 stack:
 	@dev/stack up

@@ -11,7 +11,7 @@ use crate::enrich::Plan;
 use crate::lsn::Position;
 use crate::pgoutput::Cell;
 use crate::schema::{Relation, Type};
-use crate::value::{self, BadValue, Converted, write_json, write_json_string};
+use crate::value::{self, Converted, write_json, write_json_string};
 
 /// Cells of one event; up to 32 columns without an allocation.
 pub type Cells<'a> = SmallVec<[Cell<'a>; 32]>;
@@ -33,6 +33,16 @@ pub struct Layout {
     pub columns: Vec<OutColumn>,
     /// What the enricher adds.
     pub plan: Plan,
+    /// What every event's JSON says of its table: `","_table":"name","_lsn":"`.
+    pub identity: Vec<u8>,
+}
+
+/// [`Layout::identity`] of a table's name.
+pub fn identity(table: &str) -> Vec<u8> {
+    let mut json = b"\",\"_table\":".to_vec();
+    write_json_string(table, &mut json);
+    json.extend_from_slice(b",\"_lsn\":\"");
+    json
 }
 
 /// A column of the event.
@@ -42,14 +52,14 @@ pub struct OutColumn {
     pub name: String,
     /// Its type.
     pub ty: Type,
-    /// `"name":` as JSON.
+    /// `,"name":` as JSON.
     label: Vec<u8>,
 }
 
 impl OutColumn {
     /// A column with its JSON label.
     pub fn new(name: &str, ty: Type) -> Self {
-        let mut label = Vec::new();
+        let mut label = vec![b','];
         write_json_string(name, &mut label);
         label.push(b':');
         Self { name: name.to_owned(), ty, label }
@@ -70,7 +80,7 @@ pub struct Event<'a> {
     /// Source, lookup and derived columns; empty for a truncate.
     pub cells: Cells<'a>,
     /// The old row or key, where an update changed the primary key.
-    pub old_key: Option<Cells<'a>>,
+    pub old_key: Option<Vec<Cell<'a>>>,
 }
 
 impl Event<'_> {
@@ -79,15 +89,16 @@ impl Event<'_> {
     /// # Errors
     /// [`BadValue`] when a cell is not of its column's type.
     pub fn write_json(&self, out: &mut Vec<u8>) -> Converted<()> {
-        out.push(b'{');
+        let start = out.len();
         for (column, cell) in self.layout.columns.iter().zip(&self.cells) {
             if *cell != Cell::Unchanged {
                 out.extend_from_slice(&column.label);
                 write_json(column.ty, *cell, out)?;
-                out.push(b',');
             }
         }
         self.write_identity(out);
+        // Every label begins with a comma; the first of them is where the object begins.
+        out[start] = b'{';
         if self.old_key.is_some() {
             out.extend_from_slice(b",\"_old_key\":");
             self.write_old_key(out)?;
@@ -101,19 +112,12 @@ impl Event<'_> {
     }
 
     fn write_identity(&self, out: &mut Vec<u8>) {
-        let Position { commit_lsn, ordinal } = self.at;
-        out.extend_from_slice(b"\"_id\":\"");
-        write_hex_padded(commit_lsn.0, out);
-        out.push(b':');
-        write_ten_digits(ordinal, out);
+        out.extend_from_slice(b",\"_id\":\"");
+        self.at.write_id(out);
         out.extend_from_slice(b"\",\"_op\":\"");
         out.extend_from_slice(self.op.letter().as_bytes());
-        out.extend_from_slice(b"\",\"_table\":");
-        write_json_string(&self.layout.table, out);
-        out.extend_from_slice(b",\"_lsn\":\"");
-        write_hex(commit_lsn.0 >> 32, out);
-        out.push(b'/');
-        write_hex(commit_lsn.0 & 0xFFFF_FFFF, out);
+        out.extend_from_slice(&self.layout.identity);
+        self.at.commit_lsn.write(out);
         out.extend_from_slice(b"\",\"_commit_ts\":\"");
         value::write_rfc3339(self.commit_ts, "Z", out);
         out.push(b'"');
@@ -152,7 +156,7 @@ impl Event<'_> {
             return Ok(true);
         }
         match self.layout.primary_key[..] {
-            [] => out.extend_from_slice(self.at.event_id().as_bytes()),
+            [] => self.at.write_id(out),
             [one] => drop(value::write_text(self.layout.columns[one].ty, self.cells[one], out)?),
             ref several => self.write_composite(several, out)?,
         }
@@ -165,10 +169,9 @@ impl Event<'_> {
             if i > 0 {
                 out.push(b',');
             }
-            let (ty, mut text) = (self.layout.columns[*column].ty, Vec::new());
-            value::write_text(ty, self.cells[*column], &mut text)?;
-            let text = std::str::from_utf8(&text).map_err(|e| BadValue { ty, found: e.to_string() })?;
-            write_json_string(text, out);
+            let (ty, mut scratch) = (self.layout.columns[*column].ty, Vec::new());
+            let text = value::text(ty, self.cells[*column], &mut scratch)?;
+            write_json_string(text.unwrap_or_default(), out);
         }
         out.push(b']');
         Ok(())
@@ -181,37 +184,15 @@ impl Event<'_> {
     pub fn write_old_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
         let Some(old) = &self.old_key else { return Ok(false) };
         for (i, at) in self.layout.primary_key.iter().enumerate() {
-            out.push(if i == 0 { b'{' } else { b',' });
             let column = &self.layout.columns[*at];
-            out.extend_from_slice(&column.label);
+            out.extend_from_slice(if i == 0 { b"{" } else { b"," });
+            out.extend_from_slice(&column.label[1..]);
             write_json(column.ty, old[*at], out)?;
         }
         out.push(b'}');
         Ok(true)
     }
 }
-
-fn write_hex_padded(n: u64, out: &mut Vec<u8>) {
-    for shift in (0..64).step_by(4).rev() {
-        out.push(UPPER[(n >> shift & 15) as usize]);
-    }
-}
-
-fn write_hex(n: u64, out: &mut Vec<u8>) {
-    let digits = (64 - n.leading_zeros()).div_ceil(4).max(1);
-    for shift in (0..digits).rev() {
-        out.push(UPPER[(n >> (4 * shift) & 15) as usize]);
-    }
-}
-
-fn write_ten_digits(n: u64, out: &mut Vec<u8>) {
-    let mut buffer = itoa::Buffer::new();
-    let digits = buffer.format(n).as_bytes();
-    out.extend(std::iter::repeat_n(b'0', 10_usize.saturating_sub(digits.len())));
-    out.extend_from_slice(digits);
-}
-
-const UPPER: &[u8; 16] = b"0123456789ABCDEF";
 
 #[cfg(test)]
 mod tests {
@@ -237,6 +218,7 @@ mod tests {
                 columns,
             },
             table: "t".into(),
+            identity: identity("t"),
             primary_key: vec![0],
             key: Some(1),
             plan: Plan::default(),
@@ -272,7 +254,7 @@ mod tests {
             Op::Update,
             &[Cell::Text(b"8"), Cell::Text(b"11111111-1111-1111-1111-111111111111"), Cell::Unchanged],
         );
-        e.old_key = Some([Cell::Text(b"7"), Cell::Null, Cell::Null].as_slice().into());
+        e.old_key = Some(vec![Cell::Text(b"7"), Cell::Null, Cell::Null]);
         assert!(json(&e).ends_with(r#","_old_key":{"id":7},"_unchanged":["note"]}"#), "{}", json(&e));
         assert!(!json(&e).contains("\"note\":"));
         assert_eq!(key(&e).as_deref(), Some("11111111-1111-1111-1111-111111111111"));

@@ -51,6 +51,26 @@ impl<'de> Deserialize<'de> for Lsn {
     }
 }
 
+impl Lsn {
+    /// Appends what [`fmt::Display`] shows.
+    pub fn write(self, out: &mut Vec<u8>) {
+        let short = |half: &[u8; 16]| half.iter().position(|digit| *digit != b'0').unwrap_or(15);
+        let [high, low] = [self.0 >> 32, self.0 & 0xFFFF_FFFF].map(hex);
+        out.extend_from_slice(&high[short(&high)..]);
+        out.push(b'/');
+        out.extend_from_slice(&low[short(&low)..]);
+    }
+}
+
+/// All sixteen digits.
+fn hex(n: u64) -> [u8; 16] {
+    let mut digits = [0; 16];
+    for (digit, shift) in digits.iter_mut().zip((0..64).step_by(4).rev()) {
+        *digit = b"0123456789ABCDEF"[(n >> shift & 15) as usize];
+    }
+    digits
+}
+
 /// The identity of one row change: its transaction's commit LSN, and its number within that transaction.
 ///
 /// Commits are decoded in commit order, so positions grow along the stream; a row's own change LSN does not.
@@ -65,7 +85,19 @@ pub struct Position {
 impl Position {
     /// The event's `_id`: fixed width, so that it sorts as text.
     pub fn event_id(self) -> String {
-        format!("{:016X}:{:010}", self.commit_lsn.0, self.ordinal)
+        let mut id = Vec::new();
+        self.write_id(&mut id);
+        id.into_iter().map(char::from).collect()
+    }
+
+    /// Appends [`Position::event_id`].
+    pub fn write_id(self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&hex(self.commit_lsn.0));
+        out.push(b':');
+        let mut buffer = itoa::Buffer::new();
+        let digits = buffer.format(self.ordinal).as_bytes();
+        out.extend_from_slice(&b"0000000000"[digits.len().min(10)..]);
+        out.extend_from_slice(digits);
     }
 }
 
@@ -145,6 +177,11 @@ mod tests {
     fn lsn_reads_what_postgres_writes() {
         let lsn: Lsn = "16/B374D848".parse().unwrap();
         assert_eq!((lsn.0, lsn.to_string()), (0x16_B374_D848, "16/B374D848".to_owned()));
+        for lsn in [0, 9, 0x10, 0x16_B374_D848, 0xFF_0000_0000, u64::MAX].map(Lsn) {
+            let mut written = Vec::new();
+            lsn.write(&mut written);
+            assert_eq!(written, lsn.to_string().into_bytes());
+        }
         for bad in ["", "16", "/1", "1/", "1/+2", "1/123456789", "x/1", "1/2/3"] {
             assert!(bad.parse::<Lsn>().is_err(), "{bad}");
         }
@@ -157,6 +194,7 @@ mod tests {
         ids.sort();
         assert_eq!(ids[0], "00000000000000FF:0000000009");
         assert_eq!(ids[2], "0000000100000000:0000000000");
+        assert_eq!(at(0, 12_345_678_901).event_id(), "0000000000000000:12345678901");
     }
 
     #[test]

@@ -53,6 +53,23 @@ pub fn write_text(ty: Type, cell: Cell<'_>, out: &mut Vec<u8>) -> Converted<bool
     Ok(true)
 }
 
+/// The text that [`write_text`] writes; borrowed where the cell holds it, else made in `scratch`. `None` where it writes none.
+///
+/// # Errors
+/// [`BadValue`] when the bytes are not of this type.
+pub fn text<'a>(ty: Type, cell: Cell<'a>, scratch: &'a mut Vec<u8>) -> Converted<Option<&'a str>> {
+    match (cell, ty) {
+        (Cell::Null | Cell::Unchanged, _) => Ok(None),
+        (Cell::Text(text), _) | (Cell::Binary(text), Type::Text | Type::Json) => utf8(ty, text).map(Some),
+        (Cell::Binary([1, text @ ..]), Type::Jsonb) => utf8(ty, text).map(Some),
+        (Cell::Binary(bytes), _) => {
+            scratch.clear();
+            write_binary_as_text(ty, bytes, scratch)?;
+            utf8(ty, scratch).map(Some)
+        }
+    }
+}
+
 fn write_binary_as_text(ty: Type, bytes: &[u8], out: &mut Vec<u8>) -> Converted<()> {
     match ty {
         Type::Bool => out.push(if fixed::<1>(ty, bytes)?[0] == 0 { b'f' } else { b't' }),

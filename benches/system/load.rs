@@ -8,6 +8,7 @@ use falaj::lsn::Lsn;
 use crate::plan::Workload;
 use crate::process;
 use crate::reader::falaj;
+use crate::shape::Shape;
 use crate::stack::Stack;
 
 /// A backlog that is in the WAL.
@@ -34,11 +35,12 @@ pub struct RowBytes {
 }
 
 /// Contents that are there before the first slot is made.
-const CONTENTS: u32 = 2000;
+const CONTENTS: u32 = 20_000;
 
-/// Tables, contents, and the procedure that writes the events.
+/// Tables, publication and contents.
 pub async fn prepare(stack: &Stack) -> Result<()> {
     stack.execute(include_str!("../../sql/01_tables.sql")).await?;
+    stack.execute(include_str!("../../sql/02_publication.sql")).await?;
     // Autovacuum would come in the middle of a run.
     stack
         .execute(
@@ -54,40 +56,20 @@ pub async fn prepare(stack: &Stack) -> Result<()> {
          FROM generate_series(0, {}) n",
         CONTENTS - 1
     );
-    stack.execute(&contents).await?;
-    stack.execute(&PROCEDURE.replace("CONTENTS", &CONTENTS.to_string())).await
+    stack.execute(&contents).await
 }
-
-/// The rows depend on their number alone. Popularity falls with the third power; one content in fifty and one duration in
-/// four is NULL; the payload brings a row to about 255 bytes in text form.
-const PROCEDURE: &str = r#"
-CREATE PROCEDURE bench_load(total bigint, size bigint) LANGUAGE plpgsql AS $$
-BEGIN
-    FOR lowest IN 1..total BY size LOOP
-        INSERT INTO engagement_events (content_id, user_id, event_type, event_ts, duration_ms, device, raw_payload)
-        SELECT CASE WHEN n % 50 > 0 THEN md5('content' || floor(CONTENTS * ((n * 7919 % 10007) / 10007.0) ^ 3)::int)::uuid END,
-               md5('user' || n % 20000)::uuid,
-               (ARRAY['play', 'play', 'pause', 'click', 'finish'])[(n % 5)::int + 1],
-               timestamptz '2026-01-01' + n * interval '1.234567 ms',
-               CASE WHEN n % 4 > 0 THEN n * 7919 % 600000 END,
-               (ARRAY['ios', 'android', 'web-safari', U&'web\2011safari', 'web-chrome', 'desktop'])[(n % 6)::int + 1],
-               format('{"seq": %s, "app": {"version": "5.%s"}, "geo": {"city": "الرياض"}}', n, n % 40)::jsonb
-        FROM generate_series(lowest, least(lowest + size - 1, total)) n;
-        COMMIT;
-    END LOOP;
-END $$"#;
 
 /// Makes the slot and writes the rows behind it.
 pub async fn load(stack: &Stack, workload: Workload) -> Result<Backlog> {
-    let slot = format!("bench_{}", workload.name.replace(|c: char| !c.is_ascii_alphanumeric(), "_"));
+    let slot = format!("bench_{}", workload.name.replace(|c: char| !c.is_ascii_alphanumeric(), "_").to_lowercase());
+    if workload.shape == Shape::FullUpdates {
+        rows_to_update(stack, workload.rows).await?;
+    }
+    stack.execute(&workload.shape.before()).await?;
     let mut init = falaj(stack, &slot, &slot, "archive");
     init.args(["init", "--yes"]);
     tokio::task::block_in_place(|| process::run(init, stack.servers)).context("making the slot")?;
-    // Without the triggers of the foreign key: every content is there.
-    stack.execute("SET synchronous_commit = off; SET session_replication_role = replica").await?;
-    let size = workload.per_transaction.min(workload.rows);
-    stack.execute(&format!("CALL bench_load({}, {size})", workload.rows)).await?;
-    stack.execute("SET synchronous_commit = on; SET session_replication_role = origin").await?;
+    write(stack, workload.shape, workload.rows, workload.per_transaction).await?;
     // A transaction with a durable commit takes everything before it to the disk.
     stack.ask("SELECT pg_logical_emit_message(true, 'falaj bench', 'loaded')::text").await?;
     stack.execute("CHECKPOINT").await?;
@@ -98,6 +80,29 @@ pub async fn load(stack: &Stack, workload: Workload) -> Result<Backlog> {
     let text = wire_bytes(stack, &backlog, false).await?;
     backlog.row_bytes = RowBytes { text, binary: wire_bytes(stack, &backlog, true).await? };
     Ok(backlog)
+}
+
+/// Drops the slot, and undoes what the backlog's shape asked for.
+pub async fn unload(stack: &Stack, backlog: &Backlog) -> Result<()> {
+    stack.drop_slot(&backlog.slot).await?;
+    stack.execute(backlog.workload.shape.after()).await
+}
+
+async fn write(stack: &Stack, shape: Shape, rows: u64, per_transaction: u64) -> Result<()> {
+    stack.execute(&shape.procedure(CONTENTS)).await?;
+    // Without the triggers of the foreign key: every content is there.
+    stack.execute("SET synchronous_commit = off; SET session_replication_role = replica").await?;
+    stack.execute(&format!("CALL bench_load({rows}, {})", per_transaction.min(rows))).await?;
+    stack.execute("SET synchronous_commit = on; SET session_replication_role = origin").await
+}
+
+/// The workloads before have left more than enough, unless they are left out.
+async fn rows_to_update(stack: &Stack, wanted: u64) -> Result<()> {
+    let there: u64 = stack.ask("SELECT count(*)::text FROM engagement_events").await?.parse()?;
+    if there < wanted {
+        write(stack, Shape::Inserts, wanted - there, 100_000).await?;
+    }
+    Ok(())
 }
 
 /// Reads the backlog into a file and looks at its size. It also brings the WAL into the page cache, for all readers alike.

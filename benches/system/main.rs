@@ -1,23 +1,29 @@
 //! The whole system against real servers: how fast each way out of Postgres is beside `pg_recvlogical -f /dev/null`, what it
 //! costs, and what is in the sinks afterwards. `make bench` starts the servers and runs it; docs/benchmarks.md has the method.
 
-mod latency;
+mod bars;
+mod live;
 mod load;
+mod parts;
+mod peer;
 mod plan;
 mod process;
 mod reader;
 mod report;
+mod shape;
 mod sinks;
+mod speed;
 mod stack;
+mod table;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
-use plan::Workload;
-use reader::Run;
+use parts::Parts;
 use report::Figures;
+use speed::Speed;
 use stack::Stack;
 
 /// Exit code: all was measured, and a bar is missed.
@@ -40,7 +46,7 @@ async fn main() -> ExitCode {
 /// Measures, prints, and gives the number of bars that were missed.
 async fn bench() -> Result<usize> {
     let quick = std::env::var("QUICK").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
-    let figures = measure(quick).await?;
+    let figures = measure(quick, &Parts::from_env()?).await?;
     let raw = keep(&figures)?;
     println!("\n{}", figures.markdown());
     println!("Raw figures: {}\n", raw.display());
@@ -53,8 +59,8 @@ async fn bench() -> Result<usize> {
     Ok(missed)
 }
 
-async fn measure(quick: bool) -> Result<Figures> {
-    let (workloads, latency) = plan::plan(quick);
+async fn measure(quick: bool, parts: &Parts) -> Result<Figures> {
+    let workloads = plan::plan(quick, parts);
     let stack = Stack::open().await?;
     let machine = stack.machine().await?;
     if machine.load > 1.0 {
@@ -65,33 +71,18 @@ async fn measure(quick: bool) -> Result<Figures> {
     }
     std::fs::create_dir_all(&stack.dir)?;
     load::prepare(&stack).await?;
-    let (mut measured, mut runs) = (Vec::new(), Vec::new());
+    let mut speed = Speed::default();
+    speed.install_peers(&stack, &workloads);
     for workload in workloads {
         eprintln!("bench     {}: writing {} rows", workload.name, workload.rows);
         let backlog = load::load(&stack, workload).await?;
-        measured.push((workload, backlog.row_bytes));
-        take_turns(&stack, &backlog, &mut runs).await?;
-        stack.drop_slot(&backlog.slot).await?;
+        speed.workloads.push((workload, backlog.row_bytes));
+        speed.take_turns(&stack, &backlog).await?;
+        load::unload(&stack, &backlog).await?;
     }
-    eprintln!("bench     latency at {} events/s for {} s", plan::LATENCY_RATE, latency.as_secs());
-    let latency = latency::measure(&stack, latency).await?;
-    let micro = report::micro(&target().join("criterion"));
-    Ok(Figures { machine, workloads: measured, runs, latency, micro })
-}
-
-/// A B C A B C …: what drifts in the machine meets all readers alike.
-async fn take_turns(stack: &Stack, backlog: &load::Backlog, runs: &mut Vec<Run>) -> Result<()> {
-    let Workload { name, rounds, readers, .. } = backlog.workload;
-    for round in 1..=rounds {
-        for reader in readers {
-            let run = reader::run(stack, backlog, *reader, runs.len()).await;
-            let run = run.with_context(|| format!("{name}, {reader}, round {round}"))?;
-            let rate = run.rows_per_second / 1000.0;
-            eprintln!("bench     {name}, round {round} of {rounds}: {reader:<30} {rate:>5.0}k rows/s");
-            runs.push(run);
-        }
-    }
-    Ok(())
+    let live = live::measure(&stack, quick, parts).await?;
+    let micro = if parts.has("micro") { report::micro(&target().join("criterion")) } else { Vec::new() };
+    Ok(Figures { machine, speed, live, micro })
 }
 
 /// Writes the raw figures; each run of the bench has its own file.
@@ -101,6 +92,11 @@ fn keep(figures: &Figures) -> Result<PathBuf> {
     let time = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
     let file = dir.join(format!("{time}.json"));
     std::fs::write(&file, serde_json::to_vec_pretty(figures)?)?;
+    if let Some(plot) = figures.live.plot() {
+        let file = dir.join("growth.svg");
+        std::fs::write(&file, plot)?;
+        println!("Plot of growth: {}", file.display());
+    }
     Ok(file)
 }
 

@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -14,6 +15,10 @@ use serde::Serialize;
 const SAMPLE: Duration = Duration::from_millis(10);
 /// A reader that has not come to its end by then never will.
 const LIMIT: Duration = Duration::from_secs(600);
+/// How often it is looked whether a peer has come to its end.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long a peer may take to end when it is asked to.
+const ENDING: Duration = Duration::from_secs(20);
 /// `sysconf(_SC_CLK_TCK)`: 100 on every Linux (USER_HZ is part of its ABI).
 const TICKS_PER_SECOND: f64 = 100.0;
 
@@ -24,6 +29,8 @@ pub struct Servers {
     pub postgres: u32,
     /// The broker.
     pub kafka: u32,
+    /// The board's Redis.
+    pub redis: u32,
 }
 
 /// CPU seconds, user and system.
@@ -85,6 +92,51 @@ pub fn run_watched(
         broker: cpu_seconds(servers.kafka).context("the broker is gone")? - broker,
     };
     Ok(Finished { seconds, cpu, peak_rss: seen.peak_rss, stdout, stderr })
+}
+
+/// Runs a command that does not end by itself until `done` says how long it took, or it has ended after all; then asks it
+/// to end. Its output goes to the file `log`.
+pub fn run_until(
+    mut command: Command,
+    servers: Servers,
+    log: &Path,
+    mut done: impl FnMut() -> Result<Option<f64>>,
+) -> Result<Finished> {
+    let broker = cpu_seconds(servers.kafka).context("the broker is gone")?;
+    let file = fs::File::create(log).with_context(|| format!("creating {}", log.display()))?;
+    command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+    let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
+    let watch = Watch::start(child.id(), servers.postgres);
+    let seconds = loop {
+        thread::sleep(LOOK);
+        match (done(), child.try_wait()?) {
+            (Ok(None), None) => {}
+            (Ok(Some(seconds)), None) => break Ok(seconds),
+            (Err(why), None) => break Err(why),
+            (_, Some(status)) => bail!("{command:?}: {status}\n{}", tail(&fs::read_to_string(log)?)),
+        }
+    };
+    let client = cpu_seconds(child.id());
+    let broker = cpu_seconds(servers.kafka).context("the broker is gone")? - broker;
+    end(&mut child)?;
+    let seen = watch.stop()?;
+    let seconds = seconds.with_context(|| tail(&fs::read_to_string(log).unwrap_or_default()))?;
+    let cpu = Cpu { client: client.context("it has ended")?, walsender: seen.walsender_cpu, broker };
+    Ok(Finished { seconds, cpu, peak_rss: seen.peak_rss, stdout: String::new(), stderr: String::new() })
+}
+
+/// Asks a child to end, and ends it where it does not.
+fn end(child: &mut Child) -> Result<()> {
+    signal("TERM", child.id())?;
+    let deadline = Instant::now() + ENDING;
+    while child.try_wait()?.is_none() {
+        if Instant::now() > deadline {
+            child.kill()?;
+            child.wait()?;
+        }
+        thread::sleep(SAMPLE);
+    }
+    Ok(())
 }
 
 /// Asks a process to end.
@@ -181,7 +233,8 @@ fn walsender(postmaster: u32) -> Option<u32> {
     })
 }
 
-fn cpu_seconds(pid: u32) -> Option<f64> {
+/// CPU seconds of a process so far, user and system; `None` when there is none.
+pub fn cpu_seconds(pid: u32) -> Option<f64> {
     Stat::read(pid).map(|s| s.cpu_seconds)
 }
 

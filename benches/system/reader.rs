@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::load::{Backlog, recvlogical};
+use crate::peer;
 use crate::plan::{Reader, Workload};
 use crate::process::{self, Cpu, Finished};
 use crate::sinks::{self, Content};
@@ -28,15 +29,17 @@ pub struct Run {
     pub rows: u64,
     /// Seconds from start to exit of the process.
     pub whole_seconds: f64,
-    /// What falaj says of its streaming; `None` for the baseline.
+    /// What falaj says of its streaming, or the broker's clock and the files' times of a peer's; `None` for the baseline.
     pub streaming: Option<Streaming>,
     /// The figure that counts: of the streaming, or of the whole process where that is more.
     pub rows_per_second: f64,
+    /// Rows a second of the later half; of peers only.
+    pub warm_half: Option<f64>,
     /// What it cost.
     pub cpu: Cpu,
     /// Peak resident memory in bytes.
     pub peak_rss: u64,
-    /// Whether each sink that it feeds holds every row once.
+    /// What is in each sink that it feeds.
     pub sinks: HashMap<&'static str, Content>,
 }
 
@@ -45,20 +48,24 @@ pub struct Run {
 pub struct Streaming {
     /// From the first row that is walked to the last acknowledgement.
     pub seconds: f64,
-    /// Share of the backlog that had been sent before that, while the sinks were being opened. These rows do not count.
+    /// Share of the backlog that had been sent before that, while the sinks were being opened; of a peer: that had been
+    /// written. These rows do not count.
     pub ahead: f64,
 }
 
 impl Run {
-    /// Whether no sink lacks a row or has one twice.
+    /// Whether no sink lacks a row, has one twice, or takes one for something else.
     pub fn is_exact(&self) -> bool {
-        self.sinks.values().all(|c| (c.events, c.distinct) == (self.rows, self.rows))
+        self.sinks.values().all(|c| [c.events, c.distinct, c.of_kind] == [self.rows; 3])
     }
 }
 
 /// Reads the backlog once.
 pub async fn run(stack: &Stack, backlog: &Backlog, reader: Reader, number: usize) -> Result<Run> {
-    let name = format!("{}_{number}", backlog.slot);
+    let name = pipeline(backlog, number);
+    if let Some(peer) = reader.peer() {
+        return peer::run(stack, backlog, reader, peer, &name).await;
+    }
     let slot = stack.copy_slot(&backlog.slot, &name).await?;
     let end = backlog.end.to_string();
     let command = match reader.sinks() {
@@ -83,10 +90,15 @@ pub async fn run(stack: &Stack, backlog: &Backlog, reader: Reader, number: usize
         Reader::Baseline => None,
         _ => Some(Streaming { seconds: streamed(reader, &finished)?, ahead: ahead.await?? }),
     };
-    let sinks = sinks::count(stack, reader, &name).await?;
+    let sinks = sinks::count(stack, reader, &name, backlog.workload.shape).await?;
     stack.drop_slot(&slot).await?;
-    sinks::remove(stack, reader, &name).await?;
+    sinks::remove(stack, &name).await?;
     Ok(summary(backlog, reader, finished, streaming, sinks))
+}
+
+/// Name of the pipeline of one run.
+pub fn pipeline(backlog: &Backlog, number: usize) -> String {
+    format!("{}_{number}", backlog.slot)
 }
 
 /// A `falaj` whose names and directories are those of one pipeline.
@@ -155,6 +167,7 @@ fn summary(
         whole_seconds: finished.seconds,
         streaming,
         rows_per_second,
+        warm_half: None,
         cpu: finished.cpu,
         peak_rss: finished.peak_rss,
         sinks,

@@ -1,4 +1,4 @@
-//! What a run left behind: events and distinct positions in each sink, so that speed bought with loss is seen.
+//! What a run left behind: events, distinct positions and operations in each sink, so that speed bought with loss is seen.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -12,18 +12,19 @@ use falaj::archive;
 use falaj::config::Kafka;
 use falaj::kafka;
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 use rdkafka::admin::AdminOptions;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
+use rdkafka::message::BorrowedMessage;
 use rdkafka::{Message, Offset, TopicPartitionList};
 use serde::Serialize;
 
 use crate::plan::Reader;
 use crate::reader::pipeline_dir;
+use crate::shape::Shape;
 use crate::stack::Stack;
 
-const TABLE: &str = "engagement_events";
 /// A topic that gives nothing for this long, and has not come to its end, is an error.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -32,58 +33,86 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub struct Content {
     /// All of them.
     pub events: u64,
-    /// Different `_id`.
+    /// Different `_id`; of a peer, which has none: different `id` of rows.
     pub distinct: u64,
+    /// Events whose `_op` is the one that the backlog is made of; a peer's all are taken for it.
+    pub of_kind: u64,
 }
 
-/// (commit LSN, ordinal)
-type Id = (u64, u64);
+/// One event, as far as it is counted.
+struct Event {
+    /// (commit LSN, ordinal)
+    id: (u64, u64),
+    of_kind: bool,
+}
 
 /// Counts what the pipeline's sinks hold.
-pub async fn count(stack: &Stack, reader: Reader, pipeline: &str) -> Result<HashMap<&'static str, Content>> {
+pub async fn count(
+    stack: &Stack,
+    reader: Reader,
+    pipeline: &str,
+    shape: Shape,
+) -> Result<HashMap<&'static str, Content>> {
     let mut found = HashMap::new();
     tokio::task::block_in_place(|| {
         if reader.feeds_kafka() {
-            found.insert("kafka", content(&in_kafka(&stack.config.kafka, pipeline)?));
+            found.insert("kafka", content(&in_kafka(&stack.config.kafka, pipeline, shape)?));
         }
         if reader.feeds_archive() {
-            found.insert("archive", content(&in_archive(&pipeline_dir(stack, pipeline).join("archive"))?));
+            found.insert("archive", content(&in_archive(&pipeline_dir(stack, pipeline).join("archive"), shape)?));
         }
         Ok(found)
     })
 }
 
 /// Removes what the run has made: the next one shall find the disk as this one did.
-pub async fn remove(stack: &Stack, reader: Reader, pipeline: &str) -> Result<()> {
+pub async fn remove(stack: &Stack, pipeline: &str) -> Result<()> {
     let dir = pipeline_dir(stack, pipeline);
     if dir.exists() {
         std::fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))?;
     }
-    if reader.feeds_kafka() {
-        let config = &stack.config.kafka;
-        let topics = [TABLE, "content"].map(|table| config.topic(pipeline, table));
-        let others = ["checkpoint", "dead_letter"].map(|what| format!("{pipeline}.{what}"));
-        let names: Vec<&str> = topics.iter().chain(&others).map(String::as_str).collect();
+    let config = &stack.config.kafka;
+    let topics = tokio::task::block_in_place(|| kafka::topics(config, kafka::TIMEOUT))?;
+    let prefix = format!("{pipeline}.");
+    let names: Vec<&str> = topics.keys().map(String::as_str).filter(|name| name.starts_with(&prefix)).collect();
+    if !names.is_empty() {
         kafka::admin(config)?.delete_topics(&names, &AdminOptions::new()).await?;
     }
     Ok(())
 }
 
-fn content(ids: &[Id]) -> Content {
-    let distinct: HashSet<&Id> = ids.iter().collect();
-    Content { events: ids.len() as u64, distinct: distinct.len() as u64 }
+fn content(events: &[Event]) -> Content {
+    let distinct: HashSet<_> = events.iter().map(|event| event.id).collect();
+    let of_kind = events.iter().filter(|event| event.of_kind).count();
+    Content { events: events.len() as u64, distinct: distinct.len() as u64, of_kind: of_kind as u64 }
 }
 
-fn in_kafka(config: &Kafka, pipeline: &str) -> Result<Vec<Id>> {
-    let topic = config.topic(pipeline, TABLE);
-    let consumer = reader(config, &topic, Offset::Beginning)?;
-    let mut open: HashSet<i32> = partitions(config, &topic)?.collect();
-    let (mut ids, mut last) = (Vec::new(), Instant::now());
+fn in_kafka(config: &Kafka, pipeline: &str, shape: Shape) -> Result<Vec<Event>> {
+    let mut events = Vec::new();
+    for table in shape.tables() {
+        read_topic(config, &config.topic(pipeline, &table), |message| {
+            let body = message.payload().context("a record without a body")?;
+            let id = id(body).with_context(|| String::from_utf8_lossy(body).into_owned())?;
+            events.push(Event { id, of_kind: field(body, "_op") == Some(shape.op()) });
+            Ok(())
+        })?;
+    }
+    Ok(events)
+}
+
+/// Shows every committed record of a topic to `on_record`.
+pub fn read_topic(
+    config: &Kafka,
+    topic: &str,
+    mut on_record: impl FnMut(&BorrowedMessage) -> Result<()>,
+) -> Result<()> {
+    let consumer = reader(config, topic, Offset::Beginning)?;
+    let mut open: HashSet<i32> = partitions(config, topic)?.collect();
+    let mut last = Instant::now();
     while !open.is_empty() {
         match consumer.poll(Duration::from_millis(200)) {
             Some(Ok(message)) => {
-                let body = message.payload().context("a record without a body")?;
-                ids.push(id(body).with_context(|| String::from_utf8_lossy(body).into_owned())?);
+                on_record(&message)?;
                 last = Instant::now();
             }
             Some(Err(KafkaError::PartitionEOF(partition))) => drop(open.remove(&partition)),
@@ -91,7 +120,7 @@ fn in_kafka(config: &Kafka, pipeline: &str) -> Result<Vec<Id>> {
             None => ensure!(last.elapsed() < PATIENCE, "{topic}: nothing for {PATIENCE:?} before its end"),
         }
     }
-    Ok(ids)
+    Ok(())
 }
 
 /// A consumer of the whole topic that sees what is committed.
@@ -106,13 +135,14 @@ pub fn reader(config: &Kafka, topic: &str, from: Offset) -> Result<BaseConsumer>
     Ok(consumer)
 }
 
-fn partitions(config: &Kafka, topic: &str) -> Result<std::ops::Range<i32>> {
+/// The partitions of a topic.
+pub fn partitions(config: &Kafka, topic: &str) -> Result<std::ops::Range<i32>> {
     let count = kafka::partitions(config, topic)?.with_context(|| format!("there is no topic {topic}"))?;
     Ok(0..i32::try_from(count)?)
 }
 
 /// `"_id":"{commit_lsn:016X}:{ordinal:010}"`, which stands near the end of the body.
-fn id(body: &[u8]) -> Option<Id> {
+fn id(body: &[u8]) -> Option<(u64, u64)> {
     let text = field(body, "_id")?;
     let (lsn, ordinal) = text.split_once(':')?;
     Some((u64::from_str_radix(lsn, 16).ok()?, ordinal.parse().ok()?))
@@ -125,18 +155,31 @@ pub fn field<'a>(body: &'a [u8], name: &str) -> Option<&'a str> {
     text[text.rfind(&label)? + label.len()..].split('"').next()
 }
 
-fn in_archive(dir: &Path) -> Result<Vec<Id>> {
-    let mut ids = Vec::new();
+fn in_archive(dir: &Path, shape: Shape) -> Result<Vec<Event>> {
+    let (tables, mut events) = (shape.tables(), Vec::new());
     for batch in archive::list(dir)? {
-        for file in batch.files()?.into_iter().filter(|f| f.table == TABLE) {
-            let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(&file.path)?)?;
-            let columns = ProjectionMask::columns(builder.parquet_schema(), ["_commit_lsn", "_ordinal"]);
-            for rows in builder.with_projection(columns).build()? {
+        for file in batch.files()?.into_iter().filter(|file| tables.contains(&file.table)) {
+            for rows in parquet(&file.path, &["_op", "_commit_lsn", "_ordinal"])? {
                 let rows = rows?;
-                let column = |at: usize| rows.column(at).as_primitive::<Int64Type>().values().iter();
-                ids.extend(column(0).zip(column(1)).map(|(lsn, ordinal)| (*lsn as u64, *ordinal as u64)));
+                let numbers = |name| -> Result<&[i64]> {
+                    Ok(rows.column_by_name(name).context(name)?.as_primitive::<Int64Type>().values())
+                };
+                let ops = rows.column_by_name("_op").context("_op")?.as_string::<i32>().iter();
+                let ids = numbers("_commit_lsn")?.iter().zip(numbers("_ordinal")?);
+                let event = |(op, (lsn, ordinal)): (Option<&str>, (&i64, &i64))| Event {
+                    id: (*lsn as u64, *ordinal as u64),
+                    of_kind: op == Some(shape.op()),
+                };
+                events.extend(ops.zip(ids).map(event));
             }
         }
     }
-    Ok(ids)
+    Ok(events)
+}
+
+/// Some columns of a Parquet file.
+pub fn parquet(path: &Path, columns: &[&str]) -> Result<ParquetRecordBatchReader> {
+    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?;
+    let columns = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
+    Ok(builder.with_projection(columns).build()?)
 }

@@ -64,7 +64,7 @@ impl Stack {
             let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
             Ok(text.trim().parse()?)
         };
-        let servers = Servers { postgres: pid("postgres")?, kafka: pid("kafka")? };
+        let servers = Servers { postgres: pid("postgres")?, kafka: pid("kafka")?, redis: pid("redis")? };
         Ok(Self { config, sql: Arc::new(sql), servers, dir: dir.join("runs") })
     }
 

@@ -17,11 +17,11 @@ install_packages() {
 }
 
 explain_packages() {
-    local why="dev/stack is not run by root"
+    local why="it is not run by root"
     command -v apt-get >/dev/null || why="this machine has no apt-get"
-    echo "dev/stack: missing: $*; $why and cannot install them." >&2
+    echo "${program:-dev/stack}: missing: $*; $why and cannot install them." >&2
     echo "Try: sudo apt-get update && sudo apt-get install $*" >&2
-    echo "(or your system's packages for the same programs, then run dev/stack again)" >&2
+    echo "(or your system's packages for the same programs, then run it again)" >&2
     exit 1
 }
 
@@ -70,7 +70,7 @@ artefact() {
 }
 
 fail_with_log() {
-    echo "dev/stack: $1 failed; the end of $2:" >&2
+    echo "${program:-dev/stack}: $1 failed; the end of $2:" >&2
     tail -n 20 "$2" >&2
     exit 1
 }

@@ -36,7 +36,9 @@ pub struct Batch {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Bucket {
     contents: HashMap<Box<str>, Tally>,
-    devices: BTreeMap<Option<Box<str>>, Use>,
+    devices: BTreeMap<Box<str>, Use>,
+    /// Of events without a device.
+    no_device: Option<Use>,
     late: u64,
     future: u64,
 }
@@ -45,7 +47,14 @@ struct Bucket {
 struct Tally {
     millis: i64,
     events: u64,
-    users: Vec<Box<str>>,
+    users: Texts,
+}
+
+/// Texts one behind the other: an allocation for each of them would cost more than all else that is done with it.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Texts {
+    all: String,
+    ends: Vec<usize>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -54,10 +63,17 @@ struct Use {
     last: i64,
 }
 
+impl Default for Use {
+    /// Never used.
+    fn default() -> Self {
+        Self { events: 0, last: i64::MIN }
+    }
+}
+
 /// The newest event of a content, by position.
 #[derive(Debug, PartialEq, Eq)]
 struct Newest {
-    id: Box<str>,
+    id: String,
     title: Option<Box<str>>,
     content_type: Option<Box<str>>,
     /// Until when the title may be asked for, in seconds since 1970.
@@ -144,11 +160,9 @@ impl Batch {
                 self.contents.insert(content.into(), Newest::of(event, expires));
             }
             Some(newest) => {
-                let expires = expires.max(newest.expires);
+                newest.expires = newest.expires.max(expires);
                 if *event.id > *newest.id {
-                    *newest = Newest::of(event, expires);
-                } else {
-                    newest.expires = expires;
+                    newest.follow(event);
                 }
             }
         }
@@ -165,19 +179,18 @@ enum Arg<'a> {
 impl Bucket {
     fn count(&mut self, event: &Event<'_>) {
         if let Some(content) = event.content_id.as_deref() {
-            if !self.contents.contains_key(content) {
-                self.contents.insert(content.into(), Tally::default());
-            }
-            if let Some(tally) = self.contents.get_mut(content) {
-                tally.millis = tally.millis.saturating_add(event.millis);
-                tally.events += 1;
-                tally.users.extend(event.user_id.as_deref().map(Into::into));
+            match self.contents.get_mut(content) {
+                Some(tally) => tally.count(event),
+                None => self.contents.entry(content.into()).or_default().count(event),
             }
         }
-        let device = event.device.as_deref().map(Into::into);
-        let used = self.devices.entry(device).or_insert(Use { events: 0, last: event.event_ts });
-        used.events += 1;
-        used.last = used.last.max(event.event_ts);
+        match event.device.as_deref() {
+            None => self.no_device.get_or_insert_default().count(event),
+            Some(device) => match self.devices.get_mut(device) {
+                Some(used) => used.count(event),
+                None => self.devices.entry(device.into()).or_default().count(event),
+            },
+        }
     }
 
     fn encode(&self, arg: &mut impl FnMut(Arg<'_>)) {
@@ -186,12 +199,14 @@ impl Bucket {
             arg(Arg::Text(content));
             arg(Arg::Number(tally.millis));
             arg(Arg::Number(tally.events as i64));
-            arg(Arg::Number(tally.users.len() as i64));
+            arg(Arg::Number(tally.users.ends.len() as i64));
             tally.users.iter().for_each(|user| arg(Arg::Text(user)));
         }
-        arg(Arg::Number(self.devices.len() as i64));
-        for (device, used) in &self.devices {
-            arg(Arg::Nullable(device.as_deref()));
+        let named = self.devices.iter().map(|(device, used)| (Some(&**device), used));
+        let devices = self.no_device.iter().map(|used| (None, used)).chain(named);
+        arg(Arg::Number(devices.clone().count() as i64));
+        for (device, used) in devices {
+            arg(Arg::Nullable(device));
             arg(Arg::Number(used.events as i64));
             arg(Arg::Number(used.last));
         }
@@ -200,7 +215,48 @@ impl Bucket {
     }
 }
 
+impl Tally {
+    fn count(&mut self, event: &Event<'_>) {
+        self.millis = self.millis.saturating_add(event.millis);
+        self.events += 1;
+        if let Some(user) = event.user_id.as_deref() {
+            self.users.push(user);
+        }
+    }
+}
+
+impl Use {
+    fn count(&mut self, event: &Event<'_>) {
+        self.events += 1;
+        self.last = self.last.max(event.event_ts);
+    }
+}
+
+impl Texts {
+    fn push(&mut self, text: &str) {
+        self.all.push_str(text);
+        self.ends.push(self.all.len());
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &str> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        starts.zip(&self.ends).map(|(start, &end)| &self.all[start..end])
+    }
+}
+
 impl Newest {
+    /// Nearly every event is newer than the one before, and its title the same.
+    fn follow(&mut self, event: &Event<'_>) {
+        self.id.clear();
+        self.id.push_str(&event.id);
+        if self.title.as_deref() != event.title.as_deref() {
+            self.title = event.title.as_deref().map(Into::into);
+        }
+        if self.content_type.as_deref() != event.content_type.as_deref() {
+            self.content_type = event.content_type.as_deref().map(Into::into);
+        }
+    }
+
     fn of(event: &Event<'_>, expires: i64) -> Self {
         Self {
             id: event.id.as_ref().into(),
@@ -252,7 +308,7 @@ mod tests {
             let mut batch = Batch::default();
             batch.add(&event(age));
             assert_eq!((batch.dropped(), batch.events()), (dropped, 1), "{age}");
-            let counted = batch.buckets.values().any(|b| !b.devices.is_empty());
+            let counted = batch.buckets.values().any(|b| b.no_device.is_some());
             assert_eq!(counted, dropped == (0, 0), "{age}");
         }
     }
@@ -285,7 +341,7 @@ mod tests {
         batch.add(&Event { content_id: None, ..event(0) });
         let bucket = &batch.buckets[&bucket_of(COMMIT)];
         assert!(bucket.contents.is_empty() && batch.contents.is_empty());
-        assert_eq!(bucket.devices[&None].events, 1);
+        assert_eq!(bucket.no_device, Some(Use { events: 1, last: COMMIT }));
     }
 
     #[test]

@@ -35,7 +35,9 @@ pub struct Event<'a> {
 /// # Errors
 /// What is wrong with the record.
 pub fn parse(value: &[u8]) -> Result<Option<Event<'_>>, String> {
-    let wire: Wire<'_> = serde_json::from_slice(value).map_err(|e| e.to_string())?;
+    // Text that is checked as a whole need not be checked string by string.
+    let text = std::str::from_utf8(value).map_err(|e| e.to_string())?;
+    let wire: Wire<'_> = serde_json::from_str(text).map_err(|e| e.to_string())?;
     match wire.op.0.as_ref() {
         "c" => wire.created().map(Some),
         "u" | "d" | "r" | "t" => Ok(None),

@@ -7,6 +7,7 @@ pub mod board; //      the board as it is read and shown
 pub mod event; //      what the board reads of a record
 pub mod external; //   Kafka → outside HTTP system
 pub mod input; //      the board's side of Kafka
+mod inquiry; //        lag and topic, asked beside the reading
 pub mod latency; //    commit → applied
 pub mod reader; //     Kafka → batches → Redis: the loop
 pub mod redis; //      the board's side of Redis

@@ -7,7 +7,7 @@ use crate::change::RowChange;
 use crate::error::{Error, Result};
 use crate::pgoutput::{Cell, Tuple};
 use crate::schema::Relation;
-use crate::value::write_text;
+use crate::value;
 
 /// Texts of the joined columns.
 pub(super) type Row = Box<[Option<Box<str>>]>;
@@ -111,8 +111,7 @@ fn text_of(relation: &Relation, name: &str, tuple: Tuple<'_>) -> Result<Option<O
     if cell == Cell::Unchanged {
         return Ok(None);
     }
-    let mut text = Vec::new();
-    let there = write_text(relation.columns[at].ty(), cell, &mut text).map_err(|e| failed(&e))?;
-    let text = String::from_utf8(text).map_err(|e| failed(&e))?;
-    Ok(Some(there.then_some(text)))
+    let mut scratch = Vec::new();
+    let text = value::text(relation.columns[at].ty(), cell, &mut scratch).map_err(|e| failed(&e))?;
+    Ok(Some(text.map(str::to_owned)))
 }

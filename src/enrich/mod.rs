@@ -10,11 +10,11 @@ use std::path::Path;
 use crate::change::Change;
 use crate::config;
 use crate::error::{Error, Result};
-use crate::event::{Cells, Layout, OutColumn};
+use crate::event::{self, Cells, Layout, OutColumn};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
 use crate::pgoutput::Cell;
 use crate::schema::{Relation, Type};
-use crate::value::{BadValue, Converted, write_text};
+use crate::value::{self, Converted};
 use cache::Cache;
 use derive::Derivation;
 use state::{BaseHeader, BaseWriter, ChangeLog, Entry, LookupChange, LookupTable};
@@ -150,14 +150,8 @@ impl Enricher {
     /// [`crate::value::BadValue`] when a cell is not of its column's type.
     pub fn extend<'a>(&'a mut self, layout: &Layout, cells: &mut Cells<'a>, scratch: &'a mut Vec<u8>) -> Converted<()> {
         if let Some(join) = &layout.plan.join {
-            scratch.clear();
-            let found = if write_text(layout.columns[join.on].ty, cells[join.on], scratch)? {
-                let key = std::str::from_utf8(scratch)
-                    .map_err(|e| BadValue { ty: layout.columns[join.on].ty, found: e.to_string() })?;
-                self.caches[join.table].rows.get(key)
-            } else {
-                None
-            };
+            let key = value::text(layout.columns[join.on].ty, cells[join.on], scratch)?;
+            let found = key.and_then(|key| self.caches[join.table].rows.get(key));
             match found {
                 Some(_) => self.hits += 1,
                 None => self.misses += 1,
@@ -260,7 +254,8 @@ pub fn layout(
     };
     let derive = derive::plan(&table, config.map_or(&[], |c| &c.derive), &mut columns)?;
     refuse_double_names(&table, &columns)?;
-    Ok(Layout { generation, table, primary_key, key, columns, plan: Plan { join, derive }, relation })
+    let (plan, identity) = (Plan { join, derive }, event::identity(&table));
+    Ok(Layout { generation, table, primary_key, key, columns, plan, identity, relation })
 }
 
 fn join(lookups: &[&LookupTable], lookup: &config::Lookup, on: usize, columns: &mut Vec<OutColumn>) -> Result<Join> {

@@ -86,6 +86,12 @@ pub enum LookupChange {
     Relation(LookupTable),
 }
 
+/// Last line of the base.
+#[derive(Serialize, Deserialize)]
+struct End {
+    rows: u64,
+}
+
 /// Writes a base so that it appears whole or not at all.
 pub struct BaseWriter {
     dir: PathBuf,
@@ -122,7 +128,7 @@ impl BaseWriter {
     pub fn finish(mut self) -> Result<()> {
         let dir = self.dir;
         let whole = (|| {
-            line(&mut self.out, &serde_json::json!({ "rows": self.rows }))?;
+            line(&mut self.out, &End { rows: self.rows })?;
             self.out.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
             fs::rename(&self.tmp, dir.join(BASE))?;
             // Entries that the new base already holds are told apart by position, so a crash between the two steps is harmless.
@@ -266,22 +272,21 @@ fn read_header(dir: &Path, lines: &mut impl BufRead) -> Result<BaseHeader> {
     }
 }
 
-fn read_rows(dir: &Path, lines: impl BufRead, mut row: impl FnMut(usize, Row) -> Result<()>) -> Result<()> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Line {
-        Row(usize, String, Vec<Option<String>>),
-        End { rows: u64 },
-    }
-    let mut seen = 0;
-    for text in lines.lines() {
-        let text = at(dir, text)?;
-        match serde_json::from_str(&text).map_err(|e| missing(dir, &format!("{BASE}, row {}: {e}", seen + 1)))? {
-            Line::Row(table, key, values) => row(table, (key, values))?,
-            Line::End { rows } if rows == seen => return Ok(()),
-            Line::End { rows } => return Err(missing(dir, &format!("{BASE} says {rows} rows and holds {seen}"))),
+fn read_rows(dir: &Path, mut lines: impl BufRead, mut row: impl FnMut(usize, Row) -> Result<()>) -> Result<()> {
+    let (mut seen, mut text) = (0, String::new());
+    while at(dir, lines.read_line(&mut text))? > 0 {
+        let torn = |e: serde_json::Error| missing(dir, &format!("{BASE}, row {}: {e}", seen + 1));
+        if !text.starts_with('[') {
+            let End { rows } = serde_json::from_str(&text).map_err(torn)?;
+            return match rows == seen {
+                true => Ok(()),
+                false => Err(missing(dir, &format!("{BASE} says {rows} rows and holds {seen}"))),
+            };
         }
+        let (table, key, values) = serde_json::from_str(&text).map_err(torn)?;
+        row(table, (key, values))?;
         seen += 1;
+        text.clear();
     }
     Err(missing(dir, &format!("{BASE} ends after {seen} rows without its last line")))
 }

@@ -14,6 +14,7 @@ use crate::enrich::state::require_header;
 use crate::error::Result;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
 use crate::sink::{self, Opened, Stored};
+use crate::source::catalog;
 use crate::source::conn::Conninfo;
 use crate::source::slot::{self, WireForm};
 use crate::source::stream::Stream;
@@ -53,7 +54,8 @@ impl Held {
             let connect = move || async move {
                 let mut wire = Wire::connect(&conninfo, APPLICATION).await?;
                 let system = wire.identify_system().await?;
-                Ok((wire.copy_both(&command).await?, system))
+                let (stream, pace) = wire.copy_both(&command).await?;
+                Ok((stream, pace, system))
             };
             match Stream::open(world.config.produce.queue_bytes.0, connect).await {
                 Ok((stream, system)) => {
@@ -91,10 +93,11 @@ impl Held {
         let confirmed = self.confirmed(world).await?;
         let server = slot::server_lsn(&self.client).await?;
         let origin = require_header(&config.state.dir)?.origin;
+        let tables = catalog::published_names(&self.client, &config.postgres.publication).await?;
         let (mut outlets, mut from) = (Outlets::default(), None::<Lsn>);
         for name in &config.produce.sinks {
             let (label, position) = if chosen.contains(name) {
-                let Opened { sink, position } = open_sink(*name, config, &self.identity).await?;
+                let Opened { sink, position } = open_sink(*name, config, &self.identity, &tables).await?;
                 let label = sink.name();
                 outlets.sinks.push(sink);
                 (label, position)
@@ -134,9 +137,9 @@ fn start_command(slot: &str, publication: &str, form: WireForm) -> String {
     )
 }
 
-async fn open_sink(name: SinkName, config: &Arc<Config>, identity: &SlotIdentity) -> Result<Opened> {
+async fn open_sink(name: SinkName, config: &Arc<Config>, identity: &SlotIdentity, tables: &[String]) -> Result<Opened> {
     match name {
-        SinkName::Kafka => sink::kafka::open(Arc::clone(config), identity).await,
+        SinkName::Kafka => sink::kafka::open(Arc::clone(config), identity, tables).await,
         SinkName::Archive => sink::parquet::open(config, identity),
     }
 }

@@ -260,44 +260,61 @@ fn event<'a>(
     change: &Change<'a>,
 ) -> Result<Event<'a>> {
     let Change { at, commit_ts, row, .. } = *change;
-    let failed = |e| Error::fatal(format_args!("event {at} of table {}", layout.table), e);
-    let cells = |tuple: Tuple<'a>| -> Result<Cells<'a>> {
-        let (found, needed) = (usize::from(tuple.len), layout.relation.columns.len());
-        if found == needed {
-            return Ok(tuple.cells().collect());
-        }
-        Err(Error::Fatal(format!(
-            "event {at} of table {}: a row of {found} columns; its schema has {needed}",
-            layout.table
-        )))
-    };
     let mut event = Event { at, commit_ts, op: Op::Truncate, layout, cells: Cells::new(), old_key: None };
     match row {
-        RowChange::Insert(new) => (event.op, event.cells) = (Op::Create, cells(new)?),
+        RowChange::Insert(new) => {
+            event.op = Op::Create;
+            read(new, at, layout, &mut event.cells)?;
+        }
         RowChange::Update(old, new) => {
-            (event.op, event.cells) = (Op::Update, cells(new)?);
+            event.op = Op::Update;
+            read(new, at, layout, &mut event.cells)?;
             if let Some(old) = old {
-                let before = cells(old.tuple())?;
-                if let Old::Full(_) = old {
-                    fill_unchanged(&mut event.cells, &before);
-                }
-                let moved = layout
-                    .primary_key
-                    .iter()
-                    .any(|i| before[*i] != event.cells[*i] && event.cells[*i] != Cell::Unchanged);
-                event.old_key = moved.then_some(before);
+                compare(old, at, &mut event)?;
             }
         }
-        RowChange::Delete(Old::Full(old)) => (event.op, event.cells) = (Op::Delete, cells(old)?),
+        RowChange::Delete(Old::Full(old)) => {
+            event.op = Op::Delete;
+            read(old, at, layout, &mut event.cells)?;
+        }
         RowChange::Delete(Old::Key(key)) => {
-            (event.op, event.cells) = (Op::Delete, cells(key)?);
+            event.op = Op::Delete;
+            read(key, at, layout, &mut event.cells)?;
             Enricher::extend_with_nulls(layout, &mut event.cells);
             return Ok(event);
         }
         RowChange::Truncate => return Ok(event),
     }
-    enricher.extend(layout, &mut event.cells, scratch).map_err(failed)?;
+    let extended = enricher.extend(layout, &mut event.cells, scratch);
+    extended.map_err(|e| Error::fatal(format_args!("event {at} of table {}", layout.table), e))?;
     Ok(event)
+}
+
+/// Reads a row into `cells`, in place: they are large, and moving them costs more than reading.
+fn read<'a>(tuple: Tuple<'a>, at: Position, layout: &Layout, cells: &mut Cells<'a>) -> Result<()> {
+    let (found, needed) = (usize::from(tuple.len), layout.relation.columns.len());
+    if found != needed {
+        return Err(Error::Fatal(format!(
+            "event {at} of table {}: a row of {found} columns; its schema has {needed}",
+            layout.table
+        )));
+    }
+    cells.extend(tuple.cells());
+    Ok(())
+}
+
+/// Takes from the old row what the new one lacks, and the old key where it has changed.
+fn compare<'a>(old: Old<'a>, at: Position, event: &mut Event<'a>) -> Result<()> {
+    let mut before = Cells::new();
+    read(old.tuple(), at, event.layout, &mut before)?;
+    if let Old::Full(_) = old {
+        fill_unchanged(&mut event.cells, &before);
+    }
+    let differs = |i: &usize| before[*i] != event.cells[*i] && event.cells[*i] != Cell::Unchanged;
+    if event.layout.primary_key.iter().any(differs) {
+        event.old_key = Some(before.into_vec());
+    }
+    Ok(())
 }
 
 /// Under REPLICA IDENTITY FULL the old row has what the update did not touch.

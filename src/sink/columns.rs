@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::event::{Event, Layout};
 use crate::pgoutput::Cell;
 use crate::schema::Type;
-use crate::value::{self, BadValue, Converted, Instant, write_json_string};
+use crate::value::{self, Converted, Instant, write_json_string};
 
 /// Columns of falaj's own, after those of the event: name, type, nullable.
 pub fn own_columns() -> [(&'static str, DataType, bool); 10] {
@@ -114,13 +114,7 @@ impl Column {
                 return Ok(push_time(value::days_of_date(ty, cell)?, |at| b.append_option(at.map(|d| d as i32))));
             }
             Self::Micros(b) => return Ok(push_time(value::micros_of_timestamp(ty, cell)?, |at| b.append_option(at))),
-            Self::Text(b) => {
-                scratch.clear();
-                match value::write_text(ty, cell, scratch)? {
-                    true => b.append_value(as_str(ty, scratch)?),
-                    false => b.append_null(),
-                }
-            }
+            Self::Text(b) => b.append_option(value::text(ty, cell, scratch)?),
         }
         Ok(Fit::Held)
     }
@@ -153,10 +147,6 @@ fn push_time(instant: Option<Instant>, append: impl FnOnce(Option<i64>)) -> Fit 
         }
     }
     Fit::Held
-}
-
-fn as_str(ty: Type, text: &[u8]) -> Converted<&str> {
-    std::str::from_utf8(text).map_err(|e| BadValue { ty, found: e.to_string() })
 }
 
 /// falaj's own columns.
@@ -225,9 +215,7 @@ impl Rows {
                 self.raw.push(if self.raw.is_empty() { b'{' } else { b',' });
                 write_json_string(&out.name, &mut self.raw);
                 self.raw.push(b':');
-                self.scratch.clear();
-                value::write_text(out.ty, cell, &mut self.scratch)?;
-                write_json_string(as_str(out.ty, &self.scratch)?, &mut self.raw);
+                write_json_string(value::text(out.ty, cell, &mut self.scratch)?.unwrap_or_default(), &mut self.raw);
             }
         }
         Ok(())
@@ -235,22 +223,26 @@ impl Rows {
 
     fn push_own(&mut self, event: &Event<'_>) -> Converted<()> {
         let own = &mut self.own;
-        own.id.append_value(event.at.event_id());
+        self.scratch.clear();
+        event.at.write_id(&mut self.scratch);
+        own.id.append_value(value::utf8(Type::Text, &self.scratch)?);
         own.op.append_value(event.op.letter());
         own.table.append_value(&event.layout.table);
-        own.lsn.append_value(event.at.commit_lsn.to_string());
+        self.scratch.clear();
+        event.at.commit_lsn.write(&mut self.scratch);
+        own.lsn.append_value(value::utf8(Type::Text, &self.scratch)?);
         own.commit_ts.push(event.commit_ts);
         own.commit_lsn.append_value(event.at.commit_lsn.0 as i64);
         own.ordinal.append_value(event.at.ordinal as i64);
         self.scratch.clear();
         match event.write_old_key(&mut self.scratch)? {
-            true => own.old_key.append_value(as_str(Type::Text, &self.scratch)?),
+            true => own.old_key.append_value(value::utf8(Type::Text, &self.scratch)?),
             false => own.old_key.append_null(),
         }
         if event.has_unchanged() {
             self.scratch.clear();
             event.write_unchanged(&mut self.scratch);
-            own.unchanged.append_value(as_str(Type::Text, &self.scratch)?);
+            own.unchanged.append_value(value::utf8(Type::Text, &self.scratch)?);
         } else {
             own.unchanged.append_null();
         }
@@ -258,7 +250,7 @@ impl Rows {
             own.raw.append_null();
         } else {
             self.raw.push(b'}');
-            own.raw.append_value(as_str(Type::Text, &self.raw)?);
+            own.raw.append_value(value::utf8(Type::Text, &self.raw)?);
         }
         self.bytes += 120;
         Ok(())

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::Producer;
 
 use super::worker::Worker;
 use super::{Opened, Sink, Stored};
@@ -18,9 +19,10 @@ use crate::change::Op;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::event::{Event, Layout};
+use crate::kafka;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
 use commit::{Committer, Piece, Record, producer};
-use position::{read_position, require_topic};
+use position::{read_position, require};
 
 /// What is buffered is handed to the producing thread in pieces of about this size.
 const PIECE: usize = 256 << 10;
@@ -36,15 +38,20 @@ pub struct KafkaSink {
     records: Vec<Record>,
 }
 
-/// Fences the previous owner and reads the position. Call it only while the slot is held.
+/// Fences the previous owner and reads the position. Call it only while the slot is held. `tables` are the published ones:
+/// each needs its topic before the first event of any is written.
 ///
 /// # Errors
 /// [`Error::Refused`] for rights, absent topics or a foreign checkpoint; [`Error::Unreachable`] without a broker.
-pub async fn open(config: Arc<Config>, identity: &SlotIdentity) -> Result<Opened> {
+pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String]) -> Result<Opened> {
     let (c, id) = (Arc::clone(&config), identity.clone());
+    let known: BTreeSet<String> = tables.iter().map(|table| config.topic(table)).collect();
+    let needed: Vec<String> = known.iter().cloned().chain([config.checkpoint_topic()]).collect();
     let blocking = tokio::task::spawn_blocking(move || {
-        require_topic(&c, &c.checkpoint_topic())?;
         let producer = producer(&c, &id.slot)?;
+        let topics = kafka::topics_of(&c.kafka, producer.client(), kafka::TIMEOUT)?;
+        needed.iter().try_for_each(|topic| require(&topics, topic))?;
+        producer.init_transactions(kafka::TIMEOUT).map_err(|e| kafka::error(&c.kafka, &e))?;
         let position = read_position(&c, &id)?;
         Ok((producer, position))
     });
@@ -53,7 +60,7 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity) -> Result<Opened
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
     let committer = Committer::new(producer, &config, identity.clone());
     let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
-    let (topics, known, bytes, records) = Default::default();
+    let (topics, bytes, records) = Default::default();
     let sink = Box::new(KafkaSink { config, worker, start, topics, known, bytes, records });
     Ok(Opened { sink, position: position.map(Stored) })
 }
@@ -65,7 +72,7 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity) -> Result<Opened
 pub async fn peek(config: Arc<Config>, identity: &SlotIdentity) -> Result<Option<Stored>> {
     let id = identity.clone();
     tokio::task::spawn_blocking(move || {
-        require_topic(&config, &config.checkpoint_topic())?;
+        require(&kafka::topics(&config.kafka, kafka::TIMEOUT)?, &config.checkpoint_topic())?;
         Ok(read_position(&config, &id)?.map(Stored))
     })
     .await
@@ -81,9 +88,9 @@ impl Sink for KafkaSink {
     async fn prepare(&mut self, layout: &Arc<Layout>) -> Result<()> {
         let topic = self.config.topic(&layout.table);
         if !self.known.contains(&topic) {
-            let (config, name) = (Arc::clone(&self.config), topic.clone());
-            let found = tokio::task::spawn_blocking(move || require_topic(&config, &name)).await;
-            found.map_err(|e| Error::fatal("looking up a topic", e))??;
+            let config = Arc::clone(&self.config);
+            let topics = tokio::task::spawn_blocking(move || kafka::topics(&config.kafka, kafka::TIMEOUT)).await;
+            require(&topics.map_err(|e| Error::fatal("looking up a topic", e))??, &topic)?;
             self.known.insert(topic.clone());
         }
         let index = layout.generation as usize;

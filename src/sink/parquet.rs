@@ -23,9 +23,9 @@ use position::{not_writable, position, take_over};
 use writer::{Encoded, Todo, Writer};
 
 /// Rows handed to the encoder at once; a fixed number, so that the same range gives the same pages.
-const ROWS: usize = 8192;
+const ROWS: usize = 2048;
 /// … or as soon as their cells hold this many bytes.
-const BYTES: usize = 2 << 20;
+const BYTES: usize = 1 << 20;
 
 /// The loop's side of the sink.
 pub struct ParquetSink {

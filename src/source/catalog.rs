@@ -64,6 +64,20 @@ pub async fn table(client: &Client, name: &str) -> Result<Option<Table>> {
     }
 }
 
+/// Names outside of the tables of a publication.
+///
+/// # Errors
+/// [`crate::error::Error::Unreachable`] when the connection is lost.
+pub async fn published_names(client: &Client, publication: &str) -> Result<Vec<String>> {
+    let sql = format!(
+        "SELECT {OUTSIDE} FROM pg_catalog.pg_publication_tables p \
+         JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname \
+         JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename WHERE p.pubname::text = $1"
+    );
+    let rows = client.query(&sql, &[&publication]).await.map_err(|e| sql_error("reading the publication", &e))?;
+    rows.iter().map(|row| row.try_get(0).map_err(|e| sql_error("reading the publication", &e))).collect()
+}
+
 /// The tables of a publication, with the columns that it streams, ordered by name.
 ///
 /// # Errors

@@ -1,35 +1,117 @@
 //! How the reading thread paces itself.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Lets the socket fill while much is coming, and reads at once while little is.
-#[derive(Default)]
-pub(super) struct Pace {
-    window: Option<Instant>,
-    bytes: usize,
-    busy: bool,
+/// Lets the server's messages gather while a backlog is sent, and reads at once while the stream is live.
+///
+/// The walsender hands each message to the kernel by itself, and each that is sent at once costs it as much as decoding
+/// it did. They gather in large segments only while the receive window is full. So it is kept small
+/// ([`super::conn::Stream::bound_window`]), and after each gulp the thread rests for as long as the window takes to fill.
+///
+/// What tells a backlog from live changes is how long ago the transaction that is being sent was committed, both times by
+/// the server's clock. A rate would not do: one that falls because the reader wakes for every message keeps it awake.
+pub struct Pace {
+    /// Bytes of the receive window, where it is bounded.
+    window: Option<usize>,
+    pause: Duration,
+    /// Commit time of the transaction that is being sent, µs.
+    committed: i64,
+    /// How much later its last message was sent, µs.
+    lag: i64,
 }
 
 impl Pace {
-    /// Length of the window in which the rate is taken.
-    const WINDOW: Duration = Duration::from_millis(5);
-    /// A backlog comes faster than this many bytes a window (8 MB/s); live traffic hardly ever does.
-    const BUSY: usize = 40_000;
-    /// A read of this size has emptied a full socket: no need to wait for more.
-    const LARGE: usize = 128 << 10;
-    const PAUSE: Duration = Duration::from_micros(500);
+    /// A pause is nothing beside this lag, in µs, and it lets a reader that falls behind catch up.
+    const BACKLOG: i64 = 20_000;
+    const SHORTEST: Duration = Duration::from_micros(200);
+    /// Where the window is not bounded, a longer pause only makes the walsender wait.
+    const USUAL: Duration = Duration::from_micros(500);
+    /// The kernel takes in what a walsender writes meanwhile.
+    const LONGEST: Duration = Duration::from_millis(20);
 
+    /// For a stream whose receive window is `window` bytes; `None` where it is not known.
+    pub fn new(window: Option<usize>) -> Self {
+        Self { window, pause: Self::USUAL, committed: 0, lag: 0 }
+    }
+
+    /// A pgoutput message, and when the server sent it (µs since 2000-01-01).
+    pub(super) fn message(&mut self, sent: i64, message: &[u8]) {
+        // Begin: final LSN, commit time, xid.
+        if let Some((b'B', fields)) = message.split_first()
+            && let Some(time) = fields.get(8..).and_then(|f| f.first_chunk())
+        {
+            self.committed = i64::from_be_bytes(*time);
+        }
+        self.lag = sent.saturating_sub(self.committed);
+    }
+
+    /// A keepalive: nothing more was waiting.
+    pub(super) fn keepalive(&mut self) {
+        self.lag = 0;
+    }
+
+    /// After a gulp of `read` bytes that has emptied the socket.
     pub(super) fn after(&mut self, read: usize) {
-        self.bytes += read;
-        let since = *self.window.get_or_insert_with(Instant::now);
-        if since.elapsed() >= Self::WINDOW {
-            let share = since.elapsed().as_micros() / Self::WINDOW.as_micros();
-            self.busy = self.bytes as u128 >= Self::BUSY as u128 * share.max(1);
-            (self.window, self.bytes) = (None, 0);
+        if self.lag <= Self::BACKLOG {
+            return;
         }
-        if self.busy && read < Self::LARGE {
-            // The thread is the reader's own. tokio's timer has a grain of a millisecond, which is too coarse here.
-            std::thread::sleep(Self::PAUSE);
+        match self.window {
+            // The window had not closed: what came was sent one by one. A long rest lets the server get far enough ahead
+            // that what it sends next is waiting behind the window already.
+            Some(window) if read < window => {
+                self.pause = (self.pause * 5 / 4).min(Self::LONGEST);
+                std::thread::sleep(Self::LONGEST);
+            }
+            // More was waiting than the window took: a little shorter, until that is used up.
+            Some(_) => {
+                self.pause = (self.pause * 31 / 32).max(Self::SHORTEST);
+                self.rest();
+            }
+            None => self.rest(),
         }
+    }
+
+    /// The thread is the reader's own. tokio's timer has a grain of a millisecond, which is too coarse here.
+    pub(super) fn rest(&self) {
+        std::thread::sleep(self.pause);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_age_of_the_commit_tells_a_backlog_from_live_changes() {
+        let begin = |commit: i64| [b"B".as_slice(), &[0; 8], &commit.to_be_bytes(), &[0; 4]].concat();
+        let mut pace = Pace::new(None);
+        pace.message(1_000_900, &begin(1_000_000));
+        assert!(pace.lag <= Pace::BACKLOG);
+        pace.message(1_050_000, b"I");
+        assert!(pace.lag > Pace::BACKLOG, "a large transaction is sent long after its commit");
+        pace.keepalive();
+        assert!(pace.lag <= Pace::BACKLOG);
+        pace.message(i64::MAX, &begin(i64::MIN));
+        assert!(pace.lag > Pace::BACKLOG);
+        pace.message(5, b"B short");
+    }
+
+    #[test]
+    fn the_pause_finds_the_time_that_the_window_takes_to_fill() {
+        let mut pace = Pace::new(Some(1000));
+        pace.lag = Pace::BACKLOG + 1;
+        pace.after(100);
+        assert!(pace.pause > Pace::USUAL);
+        for _ in 0..100 {
+            pace.after(1000);
+        }
+        assert_eq!(pace.pause, Pace::SHORTEST);
+        for _ in 0..40 {
+            pace.after(0);
+        }
+        assert_eq!(pace.pause, Pace::LONGEST);
+        pace.keepalive();
+        pace.after(1000);
+        assert_eq!(pace.pause, Pace::LONGEST, "live changes say nothing about it");
     }
 }

@@ -87,13 +87,22 @@ fn is_number(text: &[u8]) -> bool {
 pub fn write_json_string(text: &str, out: &mut Vec<u8>) {
     out.push(b'"');
     let mut rest = text.as_bytes();
-    while let Some(at) = rest.iter().position(|b| *b < 0x20 || *b == b'"' || *b == b'\\') {
+    while let Some(at) = first_special(rest) {
         out.extend_from_slice(&rest[..at]);
         write_escape(rest[at], out);
         rest = &rest[at + 1..];
     }
     out.extend_from_slice(rest);
     out.push(b'"');
+}
+
+/// Index of the first byte that JSON wants escaped. Without a branch inside, the compiler compares sixteen at once.
+fn first_special(bytes: &[u8]) -> Option<usize> {
+    let special = |b: &u8| (*b < 0x20) | (*b == b'"') | (*b == b'\\');
+    let (blocks, _) = bytes.as_chunks::<16>();
+    let plain = blocks.iter().take_while(|block| !block.iter().fold(false, |any, b| any | special(b))).count();
+    let at = bytes[16 * plain..].iter().position(special)?;
+    Some(16 * plain + at)
 }
 
 fn write_escape(byte: u8, out: &mut Vec<u8>) {

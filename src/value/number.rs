@@ -166,7 +166,7 @@ impl Decimal {
         // a·10^-s ÷ b·10^-t at scale r = (a · 10^(t+r)) ÷ (b · 10^s)
         let numerator = self.unscaled.checked_mul(10_i128.checked_pow(divisor.scale.checked_add(scale)?)?)?;
         let denominator = divisor.unscaled.checked_mul(10_i128.checked_pow(self.scale)?)?;
-        let (quotient, rest) = (numerator / denominator, numerator % denominator);
+        let (quotient, rest) = quotient_and_rest(numerator, denominator);
         let away = if rest.unsigned_abs() >= denominator.unsigned_abs().div_ceil(2) { numerator.signum() } else { 0 };
         Some(Self { unscaled: quotient + away, scale })
     }
@@ -177,8 +177,19 @@ impl Decimal {
             out.push(b'-');
         }
         let mut buffer = itoa::Buffer::new();
-        let digits = buffer.format(self.unscaled.unsigned_abs()).as_bytes();
-        place_point_at_scale(digits, self.scale as usize, out);
+        let digits = match u64::try_from(self.unscaled.unsigned_abs()) {
+            Ok(short) => buffer.format(short),
+            Err(_) => buffer.format(self.unscaled.unsigned_abs()),
+        };
+        place_point_at_scale(digits.as_bytes(), self.scale as usize, out);
+    }
+}
+
+/// Division of 128 bits is slow, and nearly all numbers have fewer. `denominator` is positive.
+fn quotient_and_rest(numerator: i128, denominator: i128) -> (i128, i128) {
+    match (i64::try_from(numerator), i64::try_from(denominator)) {
+        (Ok(n), Ok(d)) => ((n / d).into(), (n % d).into()),
+        _ => (numerator / denominator, numerator % denominator),
     }
 }
 

@@ -116,11 +116,24 @@ pub(super) fn write_timestamp(micros: i64, zone: &str, out: &mut Vec<u8>) {
 pub(crate) fn write_rfc3339(micros: i64, zone: &str, out: &mut Vec<u8>) {
     let (days, clock) = (micros.div_euclid(DAY), micros.rem_euclid(DAY));
     let (year, month, day) = civil(days);
-    write_day(year, month, day, out);
-    out.push(b'T');
-    write_clock(clock, out);
-    out.push(b'.');
-    out.extend_from_slice(&six((clock % 1_000_000) as u32));
+    let (year, seconds, fraction) = (year as u32, (clock / 1_000_000) as u32, (clock % 1_000_000) as u32);
+    let mut text = *b"0000-00-00T00:00:00.000000";
+    let pairs = [
+        (0, year / 100),
+        (2, year % 100),
+        (5, month),
+        (8, day),
+        (11, seconds / 3600),
+        (14, seconds / 60 % 60),
+        (17, seconds % 60),
+        (20, fraction / 10_000),
+        (22, fraction / 100 % 100),
+        (24, fraction % 100),
+    ];
+    for (at, n) in pairs {
+        text[at..at + 2].copy_from_slice(&two(n));
+    }
+    out.extend_from_slice(&text);
     out.extend_from_slice(zone.as_bytes());
 }
 

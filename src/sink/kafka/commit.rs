@@ -220,7 +220,7 @@ fn age_of(commit_ms: i64) -> Duration {
     now.saturating_sub(Duration::from_millis(commit_ms.max(0) as u64))
 }
 
-/// A producer of this pipeline and slot; its start fences whoever had the id before.
+/// A producer of this pipeline and slot; its `init_transactions` fences whoever had the id before.
 pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
     let mut settings = client_over(
         &config.kafka,
@@ -228,7 +228,7 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
             ("linger.ms", "20"),
             ("batch.size", "1048576"),
             ("batch.num.messages", "20000"),
-            ("queue.buffering.max.kbytes", "16384"),
+            ("queue.buffering.max.kbytes", "8192"),
             ("queue.buffering.max.messages", "200000"),
             ("transaction.timeout.ms", "60000"),
             ("message.timeout.ms", "45000"),
@@ -240,7 +240,5 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
         .set("enable.idempotence", "true")
         .set("acks", "all")
         .set("delivery.report.only.error", "true");
-    let producer: BaseProducer = settings.create().map_err(|e| error(&config.kafka, &e))?;
-    producer.init_transactions(TIMEOUT).map_err(|e| error(&config.kafka, &e))?;
-    Ok(producer)
+    settings.create().map_err(|e| error(&config.kafka, &e))
 }

@@ -1,5 +1,6 @@
 //! The sink's position: the last record of the checkpoint topic.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::kafka::{TIMEOUT, client, error, partitions};
+use crate::kafka::{TIMEOUT, client, error};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
 
 /// Value of a checkpoint record; its key is the slot's name.
@@ -32,10 +33,10 @@ impl CheckpointRecord {
 }
 
 /// Topics are made by `init`, never by accident.
-pub(super) fn require_topic(config: &Config, topic: &str) -> Result<()> {
-    match partitions(&config.kafka, topic)? {
-        Some(_) => Ok(()),
-        None => Err(Error::refused(
+pub(super) fn require(topics: &BTreeMap<String, usize>, topic: &str) -> Result<()> {
+    match topics.contains_key(topic) {
+        true => Ok(()),
+        false => Err(Error::refused(
             "kafka_topics",
             format!("topic {topic} does not exist"),
             "a topic for the checkpoint and one for each published table",
@@ -46,20 +47,33 @@ pub(super) fn require_topic(config: &Config, topic: &str) -> Result<()> {
 
 /// The last checkpoint record of this slot.
 pub(super) fn read_position(config: &Config, identity: &SlotIdentity) -> Result<Option<Checkpoint>> {
+    let consumer = consumer(config)?;
+    let position = newest(config, &consumer, identity)?;
+    // Its threads take a tenth of a second to end, which nobody has to wait for.
+    std::thread::spawn(|| drop(consumer));
+    Ok(position)
+}
+
+fn consumer(config: &Config) -> Result<BaseConsumer> {
     let mut settings = client(&config.kafka);
     settings
         .set("group.id", format!("{}.checkpoint", config.pipeline))
         .set("isolation.level", "read_committed")
         .set("enable.auto.commit", "false")
         .set("auto.offset.reset", "error")
-        .set("enable.partition.eof", "true");
-    let consumer: BaseConsumer = settings.create().map_err(|e| error(&config.kafka, &e))?;
+        .set("enable.partition.eof", "true")
+        // How long the broker holds back the answer that says that the end is reached.
+        .set("fetch.wait.max.ms", "5");
+    settings.create().map_err(|e| error(&config.kafka, &e))
+}
+
+fn newest(config: &Config, consumer: &BaseConsumer, identity: &SlotIdentity) -> Result<Option<Checkpoint>> {
     let topic = config.checkpoint_topic();
     let (low, high) = consumer.fetch_watermarks(&topic, 0, TIMEOUT).map_err(|e| error(&config.kafka, &e))?;
     // The newest record is near the end; the whole topic is read only if it is not.
     for window in [16, 1_000, i64::MAX] {
         let from = high.saturating_sub(window).max(low);
-        let found = last_record(config, &consumer, &topic, from, identity)?;
+        let found = last_record(config, consumer, &topic, from, identity)?;
         if found.is_some() || from == low {
             return Ok(found.map(|r| r.checkpoint()));
         }

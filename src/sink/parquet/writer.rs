@@ -20,8 +20,12 @@ use crate::event::Layout;
 use crate::lsn::{Checkpoint, Position, SlotIdentity};
 use crate::sink::worker::{Next, Orders};
 
-/// Rows of a row group: bounds what the encoder holds in memory.
+/// Rows of a row group.
 const ROW_GROUP: usize = 128 << 10;
+/// Bytes that the encoders of all open files may hold; beyond, the largest ends its row group.
+const HELD: usize = 8 << 20;
+/// Bytes of a page, and of a dictionary: each column of each open file holds one of both.
+const PAGE: usize = 128 << 10;
 
 /// What the loop asks of the thread.
 pub(super) enum Todo {
@@ -114,8 +118,19 @@ impl Writer {
             }
         };
         self.files[at].writer.write(batch).map_err(|e| self.encoding(&e))?;
+        self.bound_memory()?;
         let bytes = self.files.iter().map(|f| f.writer.bytes_written() + f.writer.in_progress_size()).sum();
         self.encoded.set(self.batches, bytes);
+        Ok(())
+    }
+
+    fn bound_memory(&mut self) -> Result<()> {
+        if self.files.iter().map(|f| f.writer.memory_size()).sum::<usize>() > HELD
+            && let Some(largest) = self.files.iter_mut().max_by_key(|f| f.writer.memory_size())
+        {
+            let ended = largest.writer.flush();
+            ended.map_err(|e| self.encoding(&e))?;
+        }
         Ok(())
     }
 
@@ -231,6 +246,8 @@ fn properties(layout: &Layout) -> WriterProperties {
     let mut properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .set_max_row_group_row_count(Some(ROW_GROUP))
+        .set_data_page_size_limit(PAGE)
+        .set_dictionary_page_size_limit(PAGE)
         .set_statistics_enabled(EnabledStatistics::Chunk)
         .set_created_by(format!("falaj {}", env!("CARGO_PKG_VERSION")));
     let growing = ["_commit_ts", "_commit_lsn", "_ordinal"];
