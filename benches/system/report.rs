@@ -47,9 +47,12 @@ impl Figures {
     }
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
-        let Machine { cpus, cpu, memory_gb, load, kernel, .. } = &self.machine;
+        let Machine { cpus, cpu, memory_gb, load, kernel, congestion_control, .. } = &self.machine;
         let Machine { postgres, kafka, librdkafka, redis, commit, .. } = &self.machine;
-        writeln!(out, "Machine: {cpus} × {cpu}, {memory_gb} GB, Linux {kernel}; load average at the start {load}.")?;
+        writeln!(
+            out,
+            "Machine: {cpus} × {cpu}, {memory_gb} GB, Linux {kernel}, TCP {congestion_control}; load average at the start {load}."
+        )?;
         writeln!(out, "Postgres {postgres}, Kafka {kafka}, librdkafka {librdkafka}, Redis {redis}, falaj {commit}.")?;
         self.speed.write(out)?;
         out.push_str(&self.live.markdown());

@@ -39,6 +39,8 @@ pub struct Machine {
     pub load: f64,
     /// Kernel release.
     pub kernel: String,
+    /// How TCP paces what it sends: it decides how a walsender's messages travel.
+    pub congestion_control: String,
     /// Postgres.
     pub postgres: String,
     /// Broker.
@@ -99,6 +101,7 @@ impl Stack {
             memory_gb: (kib * 1024.0 / 1e8).round() / 10.0,
             load: load.split(' ').next().context("/proc/loadavg")?.parse()?,
             kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+            congestion_control: fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control")?.trim().to_owned(),
             postgres: self.ask("SHOW server_version").await?,
             kafka: jar.map_or("unknown", |name| name.rsplit('-').next().unwrap_or(name)).to_owned(),
             librdkafka: rdkafka::util::get_rdkafka_version().1,

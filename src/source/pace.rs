@@ -14,6 +14,8 @@ pub struct Pace {
     /// Bytes of the receive window, where it is bounded.
     window: Option<usize>,
     pause: Duration,
+    /// Gulps until a long rest is tried again.
+    patience: u32,
     /// Commit time of the transaction that is being sent, µs.
     committed: i64,
     /// How much later its last message was sent, µs.
@@ -28,10 +30,12 @@ impl Pace {
     const USUAL: Duration = Duration::from_micros(500);
     /// The kernel takes in what a walsender writes meanwhile.
     const LONGEST: Duration = Duration::from_millis(20);
+    /// Gulps after a long rest in vain, half a second of them: what such rests cost is then a twentieth at most.
+    const PATIENCE: u32 = 1000;
 
     /// For a stream whose receive window is `window` bytes; `None` where it is not known.
     pub fn new(window: Option<usize>) -> Self {
-        Self { window, pause: Self::USUAL, committed: 0, lag: 0 }
+        Self { window, pause: Self::USUAL, patience: 0, committed: 0, lag: 0 }
     }
 
     /// A pgoutput message, and when the server sent it (µs since 2000-01-01).
@@ -56,16 +60,23 @@ impl Pace {
             return;
         }
         match self.window {
+            // More was waiting than the window took: a little shorter, until that is used up.
+            Some(window) if read >= window - window / 4 => {
+                self.pause = (self.pause * 31 / 32).max(Self::SHORTEST);
+                self.patience = 0;
+                self.rest();
+            }
             // The window had not closed: what came was sent one by one. A long rest lets the server get far enough ahead
             // that what it sends next is waiting behind the window already.
-            Some(window) if read < window => {
+            Some(_) if self.patience == 0 => {
                 self.pause = (self.pause * 5 / 4).min(Self::LONGEST);
+                self.patience = Self::PATIENCE;
                 std::thread::sleep(Self::LONGEST);
             }
-            // More was waiting than the window took: a little shorter, until that is used up.
+            // That did not help: the server is slow, or its window is not what we think.
             Some(_) => {
-                self.pause = (self.pause * 31 / 32).max(Self::SHORTEST);
-                self.rest();
+                self.patience -= 1;
+                std::thread::sleep(Self::USUAL);
             }
             None => self.rest(),
         }
@@ -101,17 +112,19 @@ mod tests {
         let mut pace = Pace::new(Some(1000));
         pace.lag = Pace::BACKLOG + 1;
         pace.after(100);
-        assert!(pace.pause > Pace::USUAL);
+        assert_eq!((pace.pause, pace.patience), (Pace::USUAL * 5 / 4, Pace::PATIENCE), "a long rest");
+        pace.after(100);
+        assert_eq!(
+            (pace.pause, pace.patience),
+            (Pace::USUAL * 5 / 4, Pace::PATIENCE - 1),
+            "in vain: not again at once"
+        );
         for _ in 0..100 {
             pace.after(1000);
         }
-        assert_eq!(pace.pause, Pace::SHORTEST);
-        for _ in 0..40 {
-            pace.after(0);
-        }
-        assert_eq!(pace.pause, Pace::LONGEST);
+        assert_eq!((pace.pause, pace.patience), (Pace::SHORTEST, 0));
         pace.keepalive();
-        pace.after(1000);
-        assert_eq!(pace.pause, Pace::LONGEST, "live changes say nothing about it");
+        pace.after(100);
+        assert_eq!((pace.pause, pace.patience), (Pace::SHORTEST, 0), "live changes say nothing about it");
     }
 }

@@ -82,13 +82,10 @@ impl Stream {
     const NEAR: u32 = 2_000;
 
     /// Bounds the receive window of a server that is near, so that its messages gather instead of being sent one by one
-    /// ([`super::super::pace::Pace`]). Gives its bytes; `None` where the way is long, and for a unix socket.
+    /// ([`crate::source::stream::Pace`]). Gives its bytes; `None` where the way is long, for a unix socket, and under TLS,
+    /// where what is read does not tell how full the window was.
     pub fn bound_window(&self) -> Option<usize> {
-        let Self::Tcp(stream) = self else { return None };
-        let tcp = match stream {
-            MaybeTlsStream::Plain(tcp) => tcp,
-            MaybeTlsStream::Tls(session) => session.get_ref().0,
-        };
+        let Self::Tcp(MaybeTlsStream::Plain(tcp)) = self else { return None };
         if round_trip(tcp).ok()? > Self::NEAR {
             return None;
         }
