@@ -17,7 +17,7 @@ use crate::sink::{self, Opened, Stored};
 use crate::source::catalog;
 use crate::source::conn::Conninfo;
 use crate::source::slot::{self, WireForm};
-use crate::source::stream::Stream;
+use crate::source::stream::{Pace, Stream};
 use crate::source::wire::{Wire, WireError, ident, literal};
 use crate::world::World;
 
@@ -54,7 +54,8 @@ impl Held {
             let connect = move || async move {
                 let mut wire = Wire::connect(&conninfo, APPLICATION).await?;
                 let system = wire.identify_system().await?;
-                let (stream, pace) = wire.copy_both(&command).await?;
+                let stream = wire.copy_both(&command).await?;
+                let pace = Pace::new(stream.bound_window());
                 Ok((stream, pace, system))
             };
             match Stream::open(world.config.produce.queue_bytes.0, connect).await {

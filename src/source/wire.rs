@@ -13,7 +13,6 @@ use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
 
 use super::conn::{Conninfo, Login, Session, Stream, is_transient};
-use super::pace::Pace;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 
@@ -111,15 +110,12 @@ impl Wire {
     ///
     /// # Errors
     /// [`WireError::Server`] when the server refuses (55006: slot in use; 55000: slot lost); [`WireError::Broken`].
-    pub async fn copy_both(mut self, sql: &str) -> Result<(Stream, Pace), WireError> {
+    pub async fn copy_both(mut self, sql: &str) -> Result<Stream, WireError> {
         self.send(sql).await?;
         loop {
             let message = self.read().await?;
             match message.tag {
-                b'W' => {
-                    let pace = Pace::new(self.stream.bound_window());
-                    return Ok((self.stream, pace));
-                }
+                b'W' => return Ok(self.stream),
                 b'E' => return Err(WireError::Server(self.server_error(&message)?)),
                 b'Z' | b'C' => return Err(self.strange("an end instead of CopyBothResponse")),
                 _ => {}
