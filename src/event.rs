@@ -87,7 +87,7 @@ impl Event<'_> {
     /// Appends the JSON body.
     ///
     /// # Errors
-    /// [`BadValue`] when a cell is not of its column's type.
+    /// [`value::BadValue`] when a cell is not of its column's type.
     pub fn write_json(&self, out: &mut Vec<u8>) -> Converted<()> {
         let start = out.len();
         for (column, cell) in self.layout.columns.iter().zip(&self.cells) {
@@ -145,7 +145,7 @@ impl Event<'_> {
     /// composite), else the event id: never something random. A truncate has none.
     ///
     /// # Errors
-    /// [`BadValue`] when a cell is not of its column's type.
+    /// [`value::BadValue`] when a cell is not of its column's type.
     pub fn write_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
         if self.op == Op::Truncate {
             return Ok(false);
@@ -180,7 +180,7 @@ impl Event<'_> {
     /// Appends the old primary key as a JSON object, where an update changed it.
     ///
     /// # Errors
-    /// [`BadValue`] when a cell is not of its column's type.
+    /// [`value::BadValue`] when a cell is not of its column's type.
     pub fn write_old_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
         let Some(old) = &self.old_key else { return Ok(false) };
         for (i, at) in self.layout.primary_key.iter().enumerate() {
