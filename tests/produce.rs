@@ -413,6 +413,8 @@ async fn a_big_transaction_in_pieces_survives_sigkill_exactly() {
     let mut p = Pipeline::new("big").await;
     p.set("FALAJ_PRODUCE__TRANSACTION_BYTES", "1MiB");
     p.set("FALAJ_ARCHIVE__SEAL_BYTES", "1MiB");
+    // Short queues keep the faster sink near the slower one.
+    p.set("FALAJ_PRODUCE__QUEUE_BYTES", "256KiB");
     p.run(&format!("INSERT INTO engagement_events (event_ts, duration_ms, device) SELECT now(), g, md5(g::text) FROM generate_series(1, {ROWS}) AS g")).await;
     let lsn = p.lsn().await;
     let batches = || archive::batches(&p.archive()).len();

@@ -46,7 +46,7 @@ pub struct KafkaSink {
 pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String]) -> Result<Opened> {
     let (c, id) = (Arc::clone(&config), identity.clone());
     let known: BTreeSet<String> = tables.iter().map(|table| config.topic(table)).collect();
-    let needed: Vec<String> = known.iter().cloned().chain([config.checkpoint_topic()]).collect();
+    let needed: Vec<String> = [config.checkpoint_topic()].into_iter().chain(known.iter().cloned()).collect();
     let blocking = tokio::task::spawn_blocking(move || {
         let producer = producer(&c, &id.slot)?;
         let topics = kafka::topics_of(&c.kafka, producer.client(), kafka::TIMEOUT)?;

@@ -56,7 +56,8 @@ pub async fn run(world: &World, args: &cli::Upload) -> Result<()> {
         biased;
         // Whatever is under way may be left: the next start finds it by its id.
         () = world.stop.cancelled() => Ok(()),
-        outcome = work(world, args, project) => outcome,
+        // The shutdown may also be seen from within, a moment before it is seen here.
+        outcome = work(world, args, project) => if world.stop.is_cancelled() { Ok(()) } else { outcome },
     }
 }
 
