@@ -412,7 +412,7 @@ async fn a_big_transaction_in_pieces_survives_sigkill_exactly() {
     const ROWS: usize = 150_000;
     let mut p = Pipeline::new("big").await;
     p.set("FALAJ_PRODUCE__TRANSACTION_BYTES", "1MiB");
-    p.set("FALAJ_ARCHIVE__SEAL_BYTES", "1MiB");
+    p.set("FALAJ_ARCHIVE__SEAL_BYTES", "512KiB");
     // Short queues keep the faster sink near the slower one.
     p.set("FALAJ_PRODUCE__QUEUE_BYTES", "256KiB");
     p.run(&format!("INSERT INTO engagement_events (event_ts, duration_ms, device) SELECT now(), g, md5(g::text) FROM generate_series(1, {ROWS}) AS g")).await;
