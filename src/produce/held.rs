@@ -58,7 +58,7 @@ impl Held {
                 let pace = Pace::new(stream.bound_window());
                 Ok((stream, pace, system))
             };
-            match Stream::open(world.config.produce.queue_bytes.0, connect).await {
+            match Stream::open(world.config.produce.queue_bytes.0 / 4, connect).await {
                 Ok((stream, system)) => {
                     world.health.ok("slot");
                     let (system_id, timeline) = (system.system_id, system.timeline);

@@ -8,6 +8,7 @@ mod position;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 
 use async_trait::async_trait;
 use rdkafka::message::{Header, OwnedHeaders};
@@ -21,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::event::{Event, Layout};
 use crate::kafka;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
-use commit::{Committer, Piece, Record, producer};
+use commit::{Committer, Piece, Record, Records, producer};
 use position::{read_position, require};
 
 /// What is buffered is handed to the producing thread in pieces of about this size.
@@ -34,8 +35,8 @@ pub struct KafkaSink {
     start: Checkpoint,
     topics: Arc<Vec<String>>,
     known: BTreeSet<String>,
-    bytes: Vec<u8>,
-    records: Vec<Record>,
+    records: Records,
+    spent: Receiver<Records>,
 }
 
 /// Fences the previous owner and reads the position. Call it only while the slot is held. `tables` are the published ones:
@@ -58,10 +59,11 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String
     let (producer, position) = blocking.await.map_err(|e| Error::fatal("opening the Kafka sink", e))??;
     // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
-    let committer = Committer::new(producer, &config, identity.clone());
+    let (give_back, spent) = channel();
+    let committer = Committer::new(producer, &config, identity.clone(), give_back);
     let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
-    let (topics, bytes, records) = Default::default();
-    let sink = Box::new(KafkaSink { config, worker, start, topics, known, bytes, records });
+    let (topics, records) = Default::default();
+    let sink = Box::new(KafkaSink { config, worker, start, topics, known, records, spent });
     Ok(Opened { sink, position: position.map(Stored) })
 }
 
@@ -105,14 +107,15 @@ impl Sink for KafkaSink {
             return Ok(());
         }
         let failed = |e| Error::fatal(format_args!("event {} of table {}", event.at, event.layout.table), e);
-        let start = self.bytes.len();
-        let key = event.write_key(&mut self.bytes).map_err(failed)?.then_some(start..self.bytes.len());
-        let start = self.bytes.len();
-        event.write_json(&mut self.bytes).map_err(failed)?;
-        self.records.push(Record {
+        let Records { bytes, list } = &mut self.records;
+        let start = bytes.len();
+        let key = event.write_key(bytes).map_err(failed)?.then_some(start..bytes.len());
+        let start = bytes.len();
+        event.write_json(bytes).map_err(failed)?;
+        list.push(Record {
             topic: event.layout.generation as usize,
             key,
-            value: start..self.bytes.len(),
+            value: start..bytes.len(),
             timestamp: event.commit_ts.div_euclid(1000),
             partition: (event.op == Op::Truncate).then_some(0),
             headers: self.config.kafka.headers.is_some().then(|| cloud_event(event, &self.config.pipeline)),
@@ -123,7 +126,7 @@ impl Sink for KafkaSink {
     async fn mark(&mut self, checkpoint: Checkpoint) -> Result<()> {
         let checkpoint = checkpoint.max(self.start);
         let whole = checkpoint.partial.is_none();
-        if self.records.is_empty() || (!whole && self.bytes.len() < PIECE) {
+        if self.is_empty() || (!whole && self.records.bytes.len() < PIECE) {
             return Ok(());
         }
         self.hand_over(checkpoint, false).await
@@ -135,7 +138,7 @@ impl Sink for KafkaSink {
     }
 
     fn is_empty(&self) -> bool {
-        self.records.is_empty()
+        self.records.list.is_empty()
     }
 
     fn stored(&self) -> Stored {
@@ -153,11 +156,9 @@ impl Sink for KafkaSink {
 
 impl KafkaSink {
     async fn hand_over(&mut self, checkpoint: Checkpoint, now: bool) -> Result<()> {
-        let capacity = self.bytes.len();
-        let bytes = std::mem::replace(&mut self.bytes, Vec::with_capacity(capacity));
-        let records = std::mem::take(&mut self.records);
-        let size = bytes.len() + records.len() * size_of::<Record>();
-        let piece = Piece { bytes, records, topics: Arc::clone(&self.topics), checkpoint, now };
+        let records = std::mem::replace(&mut self.records, self.spent.try_recv().unwrap_or_default());
+        let size = records.bytes.len() + records.list.len() * size_of::<Record>();
+        let piece = Piece { records, topics: Arc::clone(&self.topics), checkpoint, now };
         self.worker.send(piece, size).await
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant, SystemTime};
 
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
@@ -25,14 +26,33 @@ const ROLL_BACK: Duration = Duration::from_secs(2);
 /// One step of that.
 const STEP: Duration = Duration::from_millis(50);
 
-/// Records of several events in one buffer, and the position after them.
+/// Records of several events, and the position after them.
 pub(super) struct Piece {
-    pub(super) bytes: Vec<u8>,
-    pub(super) records: Vec<Record>,
+    pub(super) records: Records,
     pub(super) topics: Arc<Vec<String>>,
     pub(super) checkpoint: Checkpoint,
     /// Commit now, whatever the transaction's size and age.
     pub(super) now: bool,
+}
+
+/// Records and the one buffer that they point into. It goes back and forth between loop and thread: taken from the system
+/// anew for each piece, its pages would cost as much as their content.
+#[derive(Default)]
+pub(super) struct Records {
+    pub(super) bytes: Vec<u8>,
+    pub(super) list: Vec<Record>,
+}
+
+impl Records {
+    /// Bytes that are kept for the next piece; a larger buffer held a few large rows.
+    const KEPT: usize = 1 << 20;
+
+    /// Empties it; `None` when it is too large to be kept.
+    fn cleared(mut self) -> Option<Self> {
+        self.bytes.clear();
+        self.list.clear();
+        (self.bytes.capacity() + self.list.capacity() * size_of::<Record>() <= Self::KEPT).then_some(self)
+    }
 }
 
 pub(super) struct Record {
@@ -54,6 +74,7 @@ pub(super) struct Committer {
     limit: usize,
     age: Duration,
     open: Option<Open>,
+    spent: Sender<Records>,
 }
 
 struct Open {
@@ -65,7 +86,8 @@ struct Open {
 }
 
 impl Committer {
-    pub(super) fn new(producer: BaseProducer, config: &Config, identity: SlotIdentity) -> Self {
+    /// `spent` takes back what has been produced.
+    pub(super) fn new(producer: BaseProducer, config: &Config, identity: SlotIdentity, spent: Sender<Records>) -> Self {
         Self {
             producer,
             config: config.kafka.clone(),
@@ -74,6 +96,7 @@ impl Committer {
             limit: config.produce.transaction_bytes.0,
             age: config.produce.transaction_age.0,
             open: None,
+            spent,
         }
     }
 
@@ -86,6 +109,9 @@ impl Committer {
             match orders.next(patience) {
                 Next::Order(Order { what: piece, .. }) => {
                     self.add(&piece)?;
+                    if let Some(records) = piece.records.cleared() {
+                        let _ = self.spent.send(records);
+                    }
                     if self.is_due(piece.now) {
                         self.commit(orders)?;
                     }
@@ -118,10 +144,10 @@ impl Committer {
             is_live: true,
             checkpoint: piece.checkpoint,
         });
-        open.bytes += piece.bytes.len();
+        open.bytes += piece.records.bytes.len();
         open.checkpoint = piece.checkpoint;
-        open.is_live = piece.records.last().is_none_or(|r| age_of(r.timestamp) < BACKLOG);
-        for record in &piece.records {
+        open.is_live = piece.records.list.last().is_none_or(|r| age_of(r.timestamp) < BACKLOG);
+        for record in &piece.records.list {
             self.produce(piece, record)?;
         }
         Ok(())
@@ -129,9 +155,9 @@ impl Committer {
 
     fn produce(&self, piece: &Piece, record: &Record) -> Result<()> {
         let mut out = BaseRecord::<[u8], [u8]>::to(&piece.topics[record.topic])
-            .payload(&piece.bytes[record.value.clone()])
+            .payload(&piece.records.bytes[record.value.clone()])
             .timestamp(record.timestamp);
-        out.key = record.key.clone().map(|key| &piece.bytes[key]);
+        out.key = record.key.clone().map(|key| &piece.records.bytes[key]);
         out.partition = record.partition;
         out.headers.clone_from(&record.headers);
         self.send(out)
@@ -226,8 +252,10 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
         &config.kafka,
         &[
             ("linger.ms", "20"),
-            ("batch.size", "1048576"),
+            ("batch.size", "262144"),
             ("batch.num.messages", "20000"),
+            // Where the broker shares the machine its work is what bounds the rate, and this makes it a fifth.
+            ("compression.type", "lz4"),
             ("queue.buffering.max.kbytes", "8192"),
             ("queue.buffering.max.messages", "200000"),
             ("transaction.timeout.ms", "60000"),
