@@ -157,7 +157,9 @@ impl Event<'_> {
         }
         match self.layout.primary_key[..] {
             [] => self.at.write_id(out),
-            [one] => drop(value::write_text(self.layout.columns[one].ty, self.cells[one], out)?),
+            // A delete that brings no key at all (a partition with another replica identity than its root) still has its id.
+            [one] if value::write_text(self.layout.columns[one].ty, self.cells[one], out)? => {}
+            [_] => self.at.write_id(out),
             ref several => self.write_composite(several, out)?,
         }
         Ok(true)

@@ -335,7 +335,7 @@ mod tests {
 
     fn relation(name: &str, columns: &[(&str, u32)]) -> Relation {
         let columns =
-            columns.iter().map(|(n, t)| Column { name: (*n).into(), type_oid: *t, type_mod: -1, identity: false });
+            columns.iter().map(|(n, t)| Column { name: (*n).into(), type_oid: *t, type_mod: -1, identity: *n == "id" });
         Relation {
             oid: 1,
             namespace: "public".into(),

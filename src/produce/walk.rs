@@ -307,19 +307,20 @@ fn read<'a>(tuple: Tuple<'a>, at: Position, layout: &Layout, cells: &mut Cells<'
 fn compare<'a>(old: Old<'a>, at: Position, event: &mut Event<'a>) -> Result<()> {
     let mut before = Cells::new();
     read(old.tuple(), at, event.layout, &mut before)?;
-    if let Old::Full(_) = old {
-        fill_unchanged(&mut event.cells, &before);
-    }
-    let differs = |i: &usize| before[*i] != event.cells[*i] && event.cells[*i] != Cell::Unchanged;
+    // An old key has NULL in every column that is not part of it, and none in those that are: there NULL means unknown.
+    let is_key = matches!(old, Old::Key(_));
+    let known = |cell: Cell<'_>| !is_key || cell != Cell::Null;
+    fill_unchanged(&mut event.cells, &before, known);
+    let differs = |i: &usize| known(before[*i]) && before[*i] != event.cells[*i];
     if event.layout.primary_key.iter().any(differs) {
         event.old_key = Some(before.into_vec());
     }
     Ok(())
 }
 
-/// Under REPLICA IDENTITY FULL the old row has what the update did not touch.
-fn fill_unchanged<'a>(new: &mut Cells<'a>, old: &Cells<'a>) {
-    for (new, old) in new.iter_mut().zip(old).filter(|(new, _)| **new == Cell::Unchanged) {
+/// The old row has what the update did not touch: all of it under REPLICA IDENTITY FULL, else a TOASTed key.
+fn fill_unchanged<'a>(new: &mut Cells<'a>, old: &Cells<'a>, known: impl Fn(Cell<'_>) -> bool) {
+    for (new, old) in new.iter_mut().zip(old).filter(|(new, old)| **new == Cell::Unchanged && known(**old)) {
         *new = *old;
     }
 }
