@@ -112,7 +112,7 @@ pub async fn findings(world: &World) -> Vec<Finding> {
     );
     let mut all = postgres.findings;
     if let Some(probe) = kafka {
-        all.extend(probe.into_findings(config, &postgres.tables));
+        all.extend(probe.into_findings(config, &config.sources(postgres.tables)));
     }
     all.extend(peers);
     all

@@ -69,6 +69,8 @@ pub struct Produce {
     pub transaction_age: Span,
     /// How much decoded data may wait between two stages.
     pub queue_bytes: ByteSize,
+    /// Whether messages of `pg_logical_emit_message` become events (op `m`).
+    pub messages: bool,
 }
 
 /// A sink of `produce`.
@@ -109,12 +111,26 @@ pub struct Kafka {
     pub partitions: i32,
     /// Replication factor of a topic that `init` makes.
     pub replication_factor: i32,
+    /// Whether the delete of a row, or of its key, is followed by a record without value, for compacted topics.
+    pub tombstones: bool,
+    /// What is done with an event that is larger than a record may be.
+    pub too_large: TooLarge,
     /// `"cloudevents"` adds binary-mode headers; absent means none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub headers: Option<String>,
     /// Any librdkafka key, verbatim.
     #[serde(flatten, deserialize_with = "scalars")]
     pub client: BTreeMap<String, String>,
+}
+
+/// What is done with an event that is too large for Kafka.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TooLarge {
+    /// The stream stops, with the limit and the ways out.
+    Stop,
+    /// It leaves a note on the dead-letter topic; the archive has it whole.
+    DeadLetter,
 }
 
 /// `[archive]`
@@ -292,6 +308,12 @@ impl Config {
     /// The topic of what the outside system finally refused.
     pub fn dead_letter_topic(&self) -> String {
         format!("{}.dead_letter", self.pipeline)
+    }
+
+    /// The tables that events come from, whose topics are needed: the published ones, and that of messages where they are on.
+    pub fn sources(&self, published: Vec<String>) -> Vec<String> {
+        let messages = self.produce.messages.then(|| crate::message::TABLE.to_owned());
+        published.into_iter().chain(messages).collect()
     }
 
     /// Settings of a table; `None` for one without an entry.

@@ -14,6 +14,7 @@ use crate::enrich::Enricher;
 use crate::error::{Error, Result};
 use crate::event::{Cells, Event, Layout};
 use crate::lsn::{Checkpoint, Lsn, Position};
+use crate::message::{self, Run, Sent};
 use crate::pgoutput::{self, Cell, Old, Tuple};
 use crate::schema::Relation;
 use crate::sink::Sink;
@@ -39,6 +40,7 @@ pub(super) struct Walk {
     lag: Lag,
     events: u64,
     started: Instant,
+    messages: Run,
 }
 
 struct Known {
@@ -70,6 +72,7 @@ impl Walk {
             lag: Lag::default(),
             events: 0,
             started: Instant::now(),
+            messages: Run::default(),
         }
     }
 
@@ -162,9 +165,45 @@ impl Walk {
             Step::Commit { end_lsn, commit_ts } => {
                 return self.commit(open.unwrap_or_default(), end_lsn, commit_ts, sinks, until);
             }
+            Step::Message(sent) => return self.sent(sent, sinks, until).await,
             Step::Other => {}
         }
         Ok(None)
+    }
+
+    /// A message of `pg_logical_emit_message`. One of a transaction waits for the row behind it, or for the commit.
+    async fn sent(
+        &mut self,
+        sent: Sent<'_>,
+        sinks: &mut [Box<dyn Sink>],
+        until: Option<&mut Until>,
+    ) -> Result<Option<Reached>> {
+        if !self.layouts.contains_key(&message::OID) {
+            let layout = Arc::new(message::layout(self.generations));
+            self.announce(layout, None, sinks).await?;
+        }
+        if sent.commit_ts.is_some() {
+            return self.messages.add(sent).map(|()| None);
+        }
+        let reached = until.and_then(|u| u.message(sent.lsn, self.resume));
+        if reached.is_none() {
+            self.push_message(sent, sinks)?;
+            self.reach(sent.lsn);
+        }
+        Ok(reached)
+    }
+
+    fn push_messages(&mut self, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
+        self.messages.take().iter().try_for_each(|waiting| self.push_message(waiting.sent(), sinks))
+    }
+
+    fn push_message(&mut self, sent: Sent<'_>, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
+        let Some(Known { layout, .. }) = self.layouts.get(&message::OID) else {
+            return Err(Error::Fatal(format!("message {} before its layout", sent.lsn)));
+        };
+        let event = sent.event(layout);
+        self.events += 1;
+        sinks.iter_mut().try_for_each(|sink| sink.push(&event))
     }
 
     fn commit(
@@ -172,7 +211,7 @@ impl Walk {
         commit_lsn: Lsn,
         end_lsn: Lsn,
         commit_ts: i64,
-        sinks: &[Box<dyn Sink>],
+        sinks: &mut [Box<dyn Sink>],
         until: Option<&mut Until>,
     ) -> Result<Option<Reached>> {
         if let Some(until) = until {
@@ -183,6 +222,7 @@ impl Walk {
                 return Ok(reached);
             }
         }
+        self.push_messages(sinks)?;
         (self.resume, self.last) = (self.resume.max(end_lsn), None);
         self.lag.committed(end_lsn, commit_ts);
         Ok(None)
@@ -197,8 +237,7 @@ impl Walk {
         {
             return Ok(());
         }
-        let (oid, table) = (relation.oid, relation.table());
-        self.refuse_same_name(&relation)?;
+        let table = relation.table();
         let lookup = self.enricher.lookup(&table);
         if let Some(lookup) = lookup {
             let next = self.assembler.next().unwrap_or(Position { commit_lsn: self.resume, ordinal: 0 });
@@ -206,27 +245,39 @@ impl Walk {
         }
         let config = self.tables.iter().find(|t| t.name == table);
         let layout = Arc::new(self.enricher.layout(self.generations, relation, primary_key, config)?);
+        self.announce(layout, lookup, sinks).await
+    }
+
+    /// Tells the sinks of a new layout.
+    async fn announce(
+        &mut self,
+        layout: Arc<Layout>,
+        lookup: Option<usize>,
+        sinks: &mut [Box<dyn Sink>],
+    ) -> Result<()> {
+        self.refuse_same_name(&layout)?;
         self.generations += 1;
         for sink in sinks {
             sink.prepare(&layout).await?;
         }
-        self.layouts.insert(oid, Known { layout, lookup });
+        self.layouts.insert(layout.relation.oid, Known { layout, lookup });
         Ok(())
     }
 
     /// `a.b` may be table b of schema a, or a table of schema public: two of one name must not share a topic.
     /// A table that was dropped and made anew has another oid, but the same schema and name: that is the same table.
-    fn refuse_same_name(&self, relation: &Relation) -> Result<()> {
+    fn refuse_same_name(&self, layout: &Layout) -> Result<()> {
+        let relation = &layout.relation;
         let clash = |known: &Known| {
             let other = &known.layout.relation;
-            other.table() == relation.table()
+            known.layout.table == layout.table
                 && (&other.namespace, &other.name) != (&relation.namespace, &relation.name)
         };
         match self.layouts.values().any(clash) {
             false => Ok(()),
             true => Err(Error::refused(
                 "table_names",
-                format!("two published tables are called {} outside", relation.table()),
+                format!("two sources of events are called {} outside", layout.table),
                 "one name a table",
                 "rename one of them, or take it out of the publication",
             )),
@@ -234,6 +285,9 @@ impl Walk {
     }
 
     fn change(&mut self, change: &Change<'_>, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
+        if !self.messages.is_empty() {
+            self.push_messages(sinks)?;
+        }
         let Some(known) = self.layouts.get(&change.relation) else {
             return Err(Error::Fatal(format!(
                 "{}: a row of relation {} before its schema",

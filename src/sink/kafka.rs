@@ -4,7 +4,9 @@
 //! read_committed, to its end. A transaction larger than the limit flows as several: the position has the ordinal.
 
 mod commit;
+mod limit;
 mod position;
+mod reports;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,20 +14,25 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::Producer;
+use tracing::warn;
 
 use super::worker::Worker;
 use super::{Opened, Sink, Stored};
 use crate::change::Op;
-use crate::config::Config;
+use crate::config::{Config, TooLarge};
 use crate::error::{Error, Result};
 use crate::event::{Event, Layout};
 use crate::kafka;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
+use crate::value::Converted;
 use commit::{Committer, Piece, Record, producer};
+use limit::{Limit, require_room, write_note};
 use position::{read_position, require};
 
 /// What is buffered is handed to the producing thread in pieces of about this size.
 const PIECE: usize = 256 << 10;
+/// Index of the dead-letter topic; that of a layout is its generation and one.
+const DEAD_LETTER: usize = 0;
 
 /// The loop's side of the sink.
 pub struct KafkaSink {
@@ -36,6 +43,7 @@ pub struct KafkaSink {
     known: BTreeSet<String>,
     bytes: Vec<u8>,
     records: Vec<Record>,
+    limit: Limit,
 }
 
 /// Fences the previous owner and reads the position. Call it only while the slot is held. `tables` are the published ones:
@@ -46,7 +54,10 @@ pub struct KafkaSink {
 pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String]) -> Result<Opened> {
     let (c, id) = (Arc::clone(&config), identity.clone());
     let known: BTreeSet<String> = tables.iter().map(|table| config.topic(table)).collect();
-    let needed: Vec<String> = [config.checkpoint_topic()].into_iter().chain(known.iter().cloned()).collect();
+    let own = [config.checkpoint_topic(), config.dead_letter_topic()];
+    let own = own.into_iter().take(if config.kafka.too_large == TooLarge::DeadLetter { 2 } else { 1 });
+    let needed: Vec<String> = own.chain(known.iter().cloned()).collect();
+    let limit = Limit::of(&config.kafka)?;
     let blocking = tokio::task::spawn_blocking(move || {
         let producer = producer(&c, &id.slot)?;
         let topics = kafka::topics_of(&c.kafka, producer.client(), kafka::TIMEOUT)?;
@@ -56,12 +67,13 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String
         Ok((producer, position))
     });
     let (producer, position) = blocking.await.map_err(|e| Error::fatal("opening the Kafka sink", e))??;
+    require_room(&config, &known.iter().cloned().collect::<Vec<_>>()).await?;
     // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
     let committer = Committer::new(producer, &config, identity.clone());
     let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
-    let (topics, bytes, records) = Default::default();
-    let sink = Box::new(KafkaSink { config, worker, start, topics, known, bytes, records });
+    let (topics, bytes, records) = (Arc::new(vec![config.dead_letter_topic()]), Vec::new(), Vec::new());
+    let sink = Box::new(KafkaSink { config, worker, start, topics, known, bytes, records, limit });
     Ok(Opened { sink, position: position.map(Stored) })
 }
 
@@ -93,7 +105,7 @@ impl Sink for KafkaSink {
             require(&topics.map_err(|e| Error::fatal("looking up a topic", e))??, &topic)?;
             self.known.insert(topic.clone());
         }
-        let index = layout.generation as usize;
+        let index = index(layout);
         let topics = Arc::make_mut(&mut self.topics);
         topics.resize(topics.len().max(index + 1), String::new());
         topics[index] = topic;
@@ -105,18 +117,24 @@ impl Sink for KafkaSink {
             return Ok(());
         }
         let failed = |e| Error::fatal(format_args!("event {} of table {}", event.at, event.layout.table), e);
-        let start = self.bytes.len();
-        let key = event.write_key(&mut self.bytes).map_err(failed)?.then_some(start..self.bytes.len());
+        let begin = self.bytes.len();
+        let key = event.write_key(&mut self.bytes).map_err(failed)?.then_some(begin..self.bytes.len());
         let start = self.bytes.len();
         event.write_json(&mut self.bytes).map_err(failed)?;
+        if self.bytes.len() - begin > self.limit.bytes {
+            return self.too_large(event, begin, start);
+        }
         self.records.push(Record {
-            topic: event.layout.generation as usize,
+            topic: index(event.layout),
             key,
-            value: start..self.bytes.len(),
-            timestamp: event.commit_ts.div_euclid(1000),
+            value: Some(start..self.bytes.len()),
+            timestamp: event.commit_time().map(|at| at.div_euclid(1000)),
             partition: (event.op == Op::Truncate).then_some(0),
             headers: self.config.kafka.headers.is_some().then(|| cloud_event(event, &self.config.pipeline)),
         });
+        if self.config.kafka.tombstones {
+            self.bury(event).map_err(failed)?;
+        }
         Ok(())
     }
 
@@ -151,7 +169,65 @@ impl Sink for KafkaSink {
     }
 }
 
+/// Index of a layout's topic.
+fn index(layout: &Layout) -> usize {
+    layout.generation as usize + 1
+}
+
 impl KafkaSink {
+    /// For compacted topics: a record without value for a key that no row has any more, and a key for a truncate.
+    fn bury(&mut self, event: &Event<'_>) -> Converted<()> {
+        let start = self.bytes.len();
+        let Some(record) = self.records.last_mut() else { return Ok(()) };
+        let key = match event.op {
+            Op::Delete if event.layout.is_keyed_by_row() => record.key.clone(),
+            Op::Update if event.write_previous_key(&mut self.bytes)? => Some(start..self.bytes.len()),
+            Op::Truncate => {
+                event.write_id(&mut self.bytes);
+                record.key = Some(start..self.bytes.len());
+                None
+            }
+            _ => None,
+        };
+        let (topic, timestamp) = (record.topic, record.timestamp);
+        self.records.extend(key.map(|key| Record {
+            topic,
+            key: Some(key),
+            value: None,
+            timestamp,
+            partition: None,
+            headers: None,
+        }));
+        Ok(())
+    }
+
+    /// Takes an event back whose key and body are too large; by policy a note stands in its place.
+    fn too_large(&mut self, event: &Event<'_>, begin: usize, start: usize) -> Result<()> {
+        let (found, body) = (self.bytes.len() - begin, self.bytes.len() - start);
+        let topic = &self.topics[index(event.layout)];
+        if self.limit.policy == TooLarge::Stop {
+            return Err(self.limit.refusal(event, found, topic));
+        }
+        let key = (start > begin).then(|| &self.bytes[begin..start]);
+        let mut note = Vec::new();
+        write_note(event, self.limit, topic, key, body, &mut note)?;
+        warn!(id = event.id(), table = event.layout.table, bytes = found, "too large for Kafka: dead letter");
+        metrics::counter!("falaj_produce_dead_letters_total").increment(1);
+        // The room that it took is given back too.
+        self.bytes.truncate(begin);
+        self.bytes.shrink_to(PIECE);
+        self.bytes.extend_from_slice(&note);
+        self.records.push(Record {
+            topic: DEAD_LETTER,
+            key: None,
+            value: Some(begin..self.bytes.len()),
+            timestamp: event.commit_time().map(|at| at.div_euclid(1000)),
+            partition: None,
+            headers: None,
+        });
+        Ok(())
+    }
+
     async fn hand_over(&mut self, checkpoint: Checkpoint, now: bool) -> Result<()> {
         let capacity = self.bytes.len();
         let bytes = std::mem::replace(&mut self.bytes, Vec::with_capacity(capacity));
@@ -165,8 +241,10 @@ impl KafkaSink {
 /// CloudEvents 1.0, Kafka binary content mode.
 fn cloud_event(event: &Event<'_>, pipeline: &str) -> OwnedHeaders {
     let mut time = Vec::new();
-    crate::value::write_rfc3339(event.commit_ts, "Z", &mut time);
-    let (id, kind) = (event.at.event_id(), format!("falaj.{}", event.op.letter()));
+    if let Some(at) = event.commit_time() {
+        crate::value::write_rfc3339(at, "Z", &mut time);
+    }
+    let (id, kind) = (event.id(), format!("falaj.{}", event.op.letter()));
     let source = format!("/{pipeline}/{}", event.layout.table);
     let pairs: [(&str, &[u8]); 6] = [
         ("ce_specversion", b"1.0"),
@@ -178,5 +256,6 @@ fn cloud_event(event: &Event<'_>, pipeline: &str) -> OwnedHeaders {
     ];
     pairs
         .into_iter()
+        .filter(|(_, value)| !value.is_empty())
         .fold(OwnedHeaders::new_with_capacity(6), |h, (key, value)| h.insert(Header { key, value: Some(value) }))
 }

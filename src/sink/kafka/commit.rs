@@ -8,7 +8,9 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::OwnedHeaders;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
+use super::limit::queue_kbytes;
 use super::position::CheckpointRecord;
+use super::reports::Reports;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
 use crate::kafka::{TIMEOUT, client_over, error};
@@ -38,16 +40,17 @@ pub(super) struct Piece {
 pub(super) struct Record {
     pub(super) topic: usize,
     pub(super) key: Option<Range<usize>>,
-    pub(super) value: Range<usize>,
-    /// ms since the Unix epoch.
-    pub(super) timestamp: i64,
+    /// `None`: a tombstone.
+    pub(super) value: Option<Range<usize>>,
+    /// Commit time, ms since the Unix epoch; without one Kafka takes that of sending.
+    pub(super) timestamp: Option<i64>,
     pub(super) partition: Option<i32>,
     pub(super) headers: Option<OwnedHeaders>,
 }
 
 /// The thread's side: owns the producer and the open Kafka transaction.
 pub(super) struct Committer {
-    producer: BaseProducer,
+    producer: BaseProducer<Reports>,
     config: config::Kafka,
     topic: String,
     identity: SlotIdentity,
@@ -65,7 +68,7 @@ struct Open {
 }
 
 impl Committer {
-    pub(super) fn new(producer: BaseProducer, config: &Config, identity: SlotIdentity) -> Self {
+    pub(super) fn new(producer: BaseProducer<Reports>, config: &Config, identity: SlotIdentity) -> Self {
         Self {
             producer,
             config: config.kafka.clone(),
@@ -120,7 +123,7 @@ impl Committer {
         });
         open.bytes += piece.bytes.len();
         open.checkpoint = piece.checkpoint;
-        open.is_live = piece.records.last().is_none_or(|r| age_of(r.timestamp) < BACKLOG);
+        open.is_live = piece.records.last().and_then(|r| r.timestamp).is_none_or(|at| age_of(at) < BACKLOG);
         for record in &piece.records {
             self.produce(piece, record)?;
         }
@@ -128,9 +131,9 @@ impl Committer {
     }
 
     fn produce(&self, piece: &Piece, record: &Record) -> Result<()> {
-        let mut out = BaseRecord::<[u8], [u8]>::to(&piece.topics[record.topic])
-            .payload(&piece.bytes[record.value.clone()])
-            .timestamp(record.timestamp);
+        let mut out = BaseRecord::<[u8], [u8]>::to(&piece.topics[record.topic]);
+        out.payload = record.value.clone().map(|value| &piece.bytes[value]);
+        out.timestamp = record.timestamp;
         out.key = record.key.clone().map(|key| &piece.bytes[key]);
         out.partition = record.partition;
         out.headers.clone_from(&record.headers);
@@ -193,7 +196,7 @@ impl Committer {
 
     /// Retriable errors ask for the same call again; any other one ends this producer, and a new one starts from the
     /// position that is stored.
-    fn retrying(&self, call: impl Fn(&BaseProducer) -> Result<(), KafkaError>) -> Result<()> {
+    fn retrying(&self, call: impl Fn(&BaseProducer<Reports>) -> Result<(), KafkaError>) -> Result<()> {
         loop {
             match call(&self.producer) {
                 Ok(()) => return Ok(()),
@@ -204,6 +207,11 @@ impl Committer {
     }
 
     fn failed(&self, e: &KafkaError) -> Error {
+        // A commit that fails says only that something was not taken; what, is in the reports.
+        self.producer.poll(STEP);
+        if let Some(refusal) = self.producer.context().refusal() {
+            return refusal;
+        }
         match self.producer.client().fatal_error() {
             Some((
                 RDKafkaErrorCode::Fenced | RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::InvalidProducerEpoch,
@@ -221,14 +229,13 @@ fn age_of(commit_ms: i64) -> Duration {
 }
 
 /// A producer of this pipeline and slot; its `init_transactions` fences whoever had the id before.
-pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
+pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer<Reports>> {
     let mut settings = client_over(
         &config.kafka,
         &[
             ("linger.ms", "20"),
             ("batch.size", "1048576"),
             ("batch.num.messages", "20000"),
-            ("queue.buffering.max.kbytes", "8192"),
             ("queue.buffering.max.messages", "200000"),
             ("transaction.timeout.ms", "60000"),
             ("message.timeout.ms", "45000"),
@@ -239,6 +246,7 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
         .set("transactional.id", format!("{}.{slot}", config.pipeline))
         .set("enable.idempotence", "true")
         .set("acks", "all")
+        .set("queue.buffering.max.kbytes", queue_kbytes(&config.kafka)?)
         .set("delivery.report.only.error", "true");
-    settings.create().map_err(|e| error(&config.kafka, &e))
+    settings.create_with_context(Reports::default()).map_err(|e| error(&config.kafka, &e))
 }
