@@ -1,5 +1,8 @@
 //! Every change of a row as it was: replica identities, TOAST, TRUNCATE, partitions, inheritance, filters, names.
 
+mod messages;
+mod records;
+
 use std::collections::BTreeMap;
 
 use crate::produce::shown;
