@@ -112,7 +112,10 @@ pub async fn findings(world: &World) -> Vec<Finding> {
     );
     let mut all = postgres.findings;
     if let Some(probe) = kafka {
-        all.extend(probe.into_findings(config, &config.sources(postgres.tables)));
+        match config.sources(postgres.tables) {
+            Ok(tables) => all.extend(probe.into_findings(config, &tables)),
+            Err(error) => all.push(Finding::of::<&str>("table_names", "one name a source of events", Err(error))),
+        }
     }
     all.extend(peers);
     all

@@ -10,6 +10,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
+use crate::message;
 use layers::{mistyped, overlay, overlay_env, parse_toml};
 pub use units::{ByteSize, Span};
 
@@ -115,12 +116,24 @@ pub struct Kafka {
     pub tombstones: bool,
     /// What is done with an event that is larger than a record may be.
     pub too_large: TooLarge,
+    /// The form of an event's body.
+    pub envelope: Envelope,
     /// `"cloudevents"` adds binary-mode headers; absent means none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub headers: Option<String>,
     /// Any librdkafka key, verbatim.
     #[serde(flatten, deserialize_with = "scalars")]
     pub client: BTreeMap<String, String>,
+}
+
+/// The form of an event's body in Kafka.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Envelope {
+    /// One object: columns, then falaj's own fields.
+    Flat,
+    /// `before`, `after`, `source`, `op`, `ts_ms`.
+    Debezium,
 }
 
 /// What is done with an event that is too large for Kafka.
@@ -311,9 +324,18 @@ impl Config {
     }
 
     /// The tables that events come from, whose topics are needed: the published ones, and that of messages where they are on.
-    pub fn sources(&self, published: Vec<String>) -> Vec<String> {
-        let messages = self.produce.messages.then(|| crate::message::TABLE.to_owned());
-        published.into_iter().chain(messages).collect()
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a table of the messages' name.
+    pub fn sources(&self, mut published: Vec<String>) -> Result<Vec<String>> {
+        if self.produce.messages {
+            let messages = message::TABLE.to_owned();
+            if published.contains(&messages) {
+                return Err(message::name_taken());
+            }
+            published.push(messages);
+        }
+        Ok(published)
     }
 
     /// Settings of a table; `None` for one without an entry.

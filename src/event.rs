@@ -76,6 +76,11 @@ impl OutColumn {
         label.push(b':');
         Self { name: name.to_owned(), ty, label }
     }
+
+    /// `,"name":` as JSON.
+    pub fn label(&self) -> &[u8] {
+        &self.label
+    }
 }
 
 /// One event, borrowed from the chunk it came in.
@@ -91,7 +96,7 @@ pub struct Event<'a> {
     pub layout: &'a Arc<Layout>,
     /// Source, lookup and derived columns; empty for a truncate.
     pub cells: Cells<'a>,
-    /// The old row or key, where an update changed the primary key.
+    /// The old row or key, where an update changed the primary key, or the sinks want it anyway: see [`Event::is_key_changed`].
     pub old_key: Option<Vec<Cell<'a>>>,
 }
 
@@ -111,7 +116,7 @@ impl Event<'_> {
         self.write_identity(out);
         // Every label begins with a comma; the first of them is where the object begins.
         out[start] = b'{';
-        if self.old_key.is_some() {
+        if self.is_key_changed() {
             out.extend_from_slice(b",\"_old_key\":");
             self.write_old_key(out)?;
         }
@@ -126,7 +131,7 @@ impl Event<'_> {
     /// Appends the `_id`.
     pub fn write_id(&self, out: &mut Vec<u8>) {
         match self.op {
-            Op::Message { lsn, transactional } => message::write_id(self.at, lsn, transactional, out),
+            Op::Message { lsn, .. } => message::write_id(self.at, lsn, out),
             _ => self.at.write_id(out),
         }
     }
@@ -170,6 +175,12 @@ impl Event<'_> {
             }
             None => out.extend_from_slice(b"null"),
         }
+    }
+
+    /// Whether an update has changed the primary key. A NULL in the old one is unknown: no key has one.
+    pub fn is_key_changed(&self) -> bool {
+        let Some(old) = &self.old_key else { return false };
+        self.layout.primary_key.iter().any(|i| old[*i] != Cell::Null && old[*i] != self.cells[*i])
     }
 
     /// Whether a column is an unchanged TOAST value.
@@ -217,7 +228,7 @@ impl Event<'_> {
     /// [`value::BadValue`] when a cell is not of its column's type.
     pub fn write_previous_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
         match &self.old_key {
-            Some(old) if self.layout.is_keyed_by_row() => self.write_row_key(old, out),
+            Some(old) if self.layout.is_keyed_by_row() && self.is_key_changed() => self.write_row_key(old, out),
             _ => Ok(false),
         }
     }
@@ -250,7 +261,7 @@ impl Event<'_> {
     /// # Errors
     /// [`value::BadValue`] when a cell is not of its column's type.
     pub fn write_old_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
-        let Some(old) = &self.old_key else { return Ok(false) };
+        let Some(old) = self.old_key.as_ref().filter(|_| self.is_key_changed()) else { return Ok(false) };
         for (i, at) in self.layout.primary_key.iter().enumerate() {
             let column = &self.layout.columns[*at];
             out.extend_from_slice(if i == 0 { b"{" } else { b"," });

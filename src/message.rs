@@ -3,7 +3,8 @@
 //! A message takes no ordinal, so rows have the same ids with and without messages. Its own `_id` is that of the row before
 //! it in its transaction, `+`, and the end of its WAL record, which is what `pg_logical_emit_message` returns:
 //! `0000000001DF6578:0000000002+0000000001DF6500`. Before the first row it is `0000000001DF6578+…`, the commit LSN alone; a
-//! message without a transaction has its own LSN there. So ids sort as the stream does.
+//! message without a transaction has the last byte of its own record there, since the next record may be a commit. So ids sort as
+//! the stream does.
 
 use std::sync::Arc;
 
@@ -11,7 +12,7 @@ use smallvec::smallvec;
 
 use crate::change::Op;
 use crate::enrich::Plan;
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::event::{Event, Layout, OutColumn, identity};
 use crate::lsn::{Lsn, Position};
 use crate::pgoutput::Cell;
@@ -21,8 +22,6 @@ use crate::schema::{Relation, Type};
 pub const TABLE: &str = "_message";
 /// No table has it.
 pub const OID: u32 = 0;
-/// What the messages between two rows of one transaction may hold together, in bytes.
-const RUN: usize = 64 << 20;
 
 /// One message, borrowed from the chunk it came in.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -87,74 +86,24 @@ pub fn layout(generation: u32) -> Layout {
     }
 }
 
+/// The refusal of a table of the messages' name: it would share their topic.
+pub fn name_taken() -> Error {
+    Error::refused(
+        "table_names",
+        format!("a published table is called {TABLE}, as the messages of pg_logical_emit_message are"),
+        "one name a source of events",
+        "rename the table, take it out of the publication, or set produce.messages = false",
+    )
+}
+
 /// Appends the `_id` of the message at `at` whose record ends at `lsn`.
-pub fn write_id(at: Position, lsn: Lsn, transactional: bool, out: &mut Vec<u8>) {
+pub fn write_id(at: Position, lsn: Lsn, out: &mut Vec<u8>) {
     match at.ordinal.checked_sub(1) {
         Some(ordinal) => Position { ordinal, ..at }.write_id(out),
-        None if transactional => at.commit_lsn.write_hex(out),
-        None => lsn.write_hex(out),
+        None => at.commit_lsn.write_hex(out),
     }
     out.push(b'+');
     lsn.write_hex(out);
-}
-
-/// Transactional messages behind the last row so far. A sink's position can stand between two rows, but not between two
-/// messages: so they go to the sinks together with the row that follows, or with the commit.
-#[derive(Debug, Default)]
-pub struct Run {
-    waiting: Vec<Waiting>,
-    bytes: usize,
-}
-
-/// A message of its own bytes.
-#[derive(Debug)]
-pub struct Waiting {
-    at: Position,
-    commit_ts: Option<i64>,
-    lsn: Lsn,
-    prefix: String,
-    content: Vec<u8>,
-}
-
-impl Run {
-    /// Keeps a message.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] when they are more than memory should hold.
-    pub fn add(&mut self, sent: Sent<'_>) -> Result<()> {
-        let Sent { at, commit_ts, lsn, prefix, content } = sent;
-        self.bytes += size_of::<Waiting>() + prefix.len() + content.len();
-        if self.bytes > RUN {
-            return Err(Error::refused(
-                "logical_messages",
-                format!("more than {RUN} bytes of messages between two rows of the transaction of {}", at.commit_lsn),
-                format!("at most {RUN} bytes of them"),
-                "send them in several transactions, or with transactional = false; to get past this one, run once with \
-                 produce.messages = false: its messages are left out then",
-            ));
-        }
-        self.waiting.push(Waiting { at, commit_ts, lsn, prefix: prefix.to_owned(), content: content.to_vec() });
-        Ok(())
-    }
-
-    /// Whether none waits.
-    pub fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-
-    /// All of them, in their order.
-    pub fn take(&mut self) -> Vec<Waiting> {
-        self.bytes = 0;
-        std::mem::take(&mut self.waiting)
-    }
-}
-
-impl Waiting {
-    /// As it came.
-    pub fn sent(&self) -> Sent<'_> {
-        let Self { at, commit_ts, lsn, ref prefix, ref content } = *self;
-        Sent { at, commit_ts, lsn, prefix, content }
-    }
 }
 
 #[cfg(test)]
@@ -182,7 +131,7 @@ mod tests {
             Sent { at: Position { commit_lsn: Lsn(0xEF), ordinal: 0 }, commit_ts: None, ..sent(0, 0xF0, b"\xff") };
         assert_eq!(
             json(free),
-            r#"{"prefix":"p","content":null,"content_bytes":"\\xff","transactional":false,"_id":"00000000000000F0+00000000000000F0","_op":"m","_table":"_message","_lsn":"0/F0","_commit_ts":null}"#
+            r#"{"prefix":"p","content":null,"content_bytes":"\\xff","transactional":false,"_id":"00000000000000EF+00000000000000F0","_op":"m","_table":"_message","_lsn":"0/F0","_commit_ts":null}"#
         );
     }
 
@@ -190,21 +139,12 @@ mod tests {
     fn ids_sort_among_those_of_the_rows() {
         let message = |ordinal, lsn| {
             let mut id = Vec::new();
-            write_id(sent(ordinal, lsn, b"").at, Lsn(lsn), true, &mut id);
+            write_id(sent(ordinal, lsn, b"").at, Lsn(lsn), &mut id);
             String::from_utf8(id).unwrap()
         };
         let row = |commit, ordinal| Position { commit_lsn: Lsn(commit), ordinal }.event_id();
         let stream =
             [row(0xFE, 9), message(0, 1), message(0, 2), row(0xFF, 0), message(1, 3), row(0xFF, 1), row(0x100, 0)];
         assert!(stream.is_sorted(), "{stream:?}");
-    }
-
-    #[test]
-    fn too_much_between_two_rows_is_refused() {
-        let (mut run, half) = (Run::default(), vec![b'x'; RUN / 2]);
-        run.add(sent(0, 1, &half)).unwrap();
-        assert_eq!(run.add(sent(0, 2, &half)).unwrap_err().exit_code(), 78);
-        assert_eq!(run.take().len(), 1);
-        run.add(sent(0, 3, &half)).unwrap();
     }
 }

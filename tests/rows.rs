@@ -1,5 +1,6 @@
 //! Every change of a row as it was: replica identities, TOAST, TRUNCATE, partitions, inheritance, filters, names.
 
+mod envelope;
 mod messages;
 mod records;
 
@@ -218,18 +219,18 @@ async fn truncate_of_several_tables_and_cascade_is_one_event_a_table() {
 }
 
 /// A partitioned table with a partition whose columns stand in another order.
-const MEASURE: &str = "CREATE TABLE measure (id int, at date, v int, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
-     CREATE TABLE measure_old PARTITION OF measure FOR VALUES FROM (MINVALUE) TO ('2020-01-01');
-     CREATE TABLE measure_new (v int, gone int, at date NOT NULL, id int NOT NULL);
+const MEASURE: &str = "CREATE TABLE measure (id int, at int, v int, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+     CREATE TABLE measure_old PARTITION OF measure FOR VALUES FROM (MINVALUE) TO (2020);
+     CREATE TABLE measure_new (v int, gone int, at int NOT NULL, id int NOT NULL);
      ALTER TABLE measure_new DROP COLUMN gone;
-     ALTER TABLE measure ATTACH PARTITION measure_new FOR VALUES FROM ('2020-01-01') TO (MAXVALUE);";
+     ALTER TABLE measure ATTACH PARTITION measure_new FOR VALUES FROM (2020) TO (MAXVALUE);";
 
 async fn measure(p: &Pipeline) {
-    p.run("INSERT INTO measure VALUES (1, '2019-01-01', 10), (2, '2021-01-01', 20)").await;
+    p.run("INSERT INTO measure VALUES (1, 2019, 10), (2, 2021, 20)").await;
     p.run("UPDATE measure SET v = v + 1").await;
     // Into the other partition: for Postgres a delete and an insert.
-    p.run("UPDATE measure SET at = '2022-01-01' WHERE id = 1").await;
-    p.run("UPDATE measure SET at = '2022-01-01' WHERE id = 2").await;
+    p.run("UPDATE measure SET at = 2022 WHERE id = 1").await;
+    p.run("UPDATE measure SET at = 2022 WHERE id = 2").await;
     p.run("DELETE FROM measure WHERE id = 1").await;
     p.run("TRUNCATE measure_new").await;
     p.run("TRUNCATE measure").await;
@@ -245,14 +246,14 @@ async fn a_partitioned_table_is_one_table_via_its_root() {
     assert_eq!(
         events(&p, "measure", &["_op", "id", "v", "_old_key", "_table"]).await,
         [
-            r#"["1","2019-01-01"]: _op="c" id=1 v=10 _old_key=- _table="measure""#,
-            r#"["2","2021-01-01"]: _op="c" id=2 v=20 _old_key=- _table="measure""#,
-            r#"["1","2019-01-01"]: _op="u" id=1 v=11 _old_key=- _table="measure""#,
-            r#"["2","2021-01-01"]: _op="u" id=2 v=21 _old_key=- _table="measure""#,
-            r#"["1","2019-01-01"]: _op="d" id=1 v=null _old_key=- _table="measure""#,
-            r#"["1","2022-01-01"]: _op="c" id=1 v=11 _old_key=- _table="measure""#,
-            r#"["2","2022-01-01"]: _op="u" id=2 v=21 _old_key={"id":2,"at":"2021-01-01"} _table="measure""#,
-            r#"["1","2022-01-01"]: _op="d" id=1 v=null _old_key=- _table="measure""#,
+            r#"["1","2019"]: _op="c" id=1 v=10 _old_key=- _table="measure""#,
+            r#"["2","2021"]: _op="c" id=2 v=20 _old_key=- _table="measure""#,
+            r#"["1","2019"]: _op="u" id=1 v=11 _old_key=- _table="measure""#,
+            r#"["2","2021"]: _op="u" id=2 v=21 _old_key=- _table="measure""#,
+            r#"["1","2019"]: _op="d" id=1 v=null _old_key=- _table="measure""#,
+            r#"["1","2022"]: _op="c" id=1 v=11 _old_key=- _table="measure""#,
+            r#"["2","2022"]: _op="u" id=2 v=21 _old_key={"id":2,"at":2021} _table="measure""#,
+            r#"["1","2022"]: _op="d" id=1 v=null _old_key=- _table="measure""#,
             r#"no key: _op="t" id=- v=- _old_key=- _table="measure""#,
         ]
     );
@@ -266,20 +267,20 @@ async fn each_partition_is_a_table_without_its_root() {
     assert_eq!(
         events(&p, "measure_old", &["_op", "id", "v"]).await,
         [
-            r#"["1","2019-01-01"]: _op="c" id=1 v=10"#,
-            r#"["1","2019-01-01"]: _op="u" id=1 v=11"#,
-            r#"["1","2019-01-01"]: _op="d" id=1 v=null"#,
+            r#"["1","2019"]: _op="c" id=1 v=10"#,
+            r#"["1","2019"]: _op="u" id=1 v=11"#,
+            r#"["1","2019"]: _op="d" id=1 v=null"#,
             r#"no key: _op="t" id=- v=-"#,
         ]
     );
     assert_eq!(
         events(&p, "measure_new", &["_op", "id", "v", "_old_key"]).await,
         [
-            r#"["2021-01-01","2"]: _op="c" id=2 v=20 _old_key=-"#,
-            r#"["2021-01-01","2"]: _op="u" id=2 v=21 _old_key=-"#,
-            r#"["2022-01-01","1"]: _op="c" id=1 v=11 _old_key=-"#,
-            r#"["2022-01-01","2"]: _op="u" id=2 v=21 _old_key={"at":"2021-01-01","id":2}"#,
-            r#"["2022-01-01","1"]: _op="d" id=1 v=null _old_key=-"#,
+            r#"["2021","2"]: _op="c" id=2 v=20 _old_key=-"#,
+            r#"["2021","2"]: _op="u" id=2 v=21 _old_key=-"#,
+            r#"["2022","1"]: _op="c" id=1 v=11 _old_key=-"#,
+            r#"["2022","2"]: _op="u" id=2 v=21 _old_key={"at":2021,"id":2}"#,
+            r#"["2022","1"]: _op="d" id=1 v=null _old_key=-"#,
             r#"no key: _op="t" id=- v=- _old_key=-"#,
             r#"no key: _op="t" id=- v=- _old_key=-"#,
         ]

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::session::{Outlets, Session};
 use super::walk::Walk;
-use crate::config::{self, Config, SinkName};
+use crate::config::{self, Config, Envelope, SinkName};
 use crate::enrich::Enricher;
 use crate::enrich::state::require_header;
 use crate::error::Result;
@@ -94,7 +94,7 @@ impl Held {
         let confirmed = self.confirmed(world).await?;
         let server = slot::server_lsn(&self.client).await?;
         let origin = require_header(&config.state.dir)?.origin;
-        let tables = config.sources(catalog::published_names(&self.client, &config.postgres.publication).await?);
+        let tables = config.sources(catalog::published_names(&self.client, &config.postgres.publication).await?)?;
         let (mut outlets, mut from) = (Outlets::default(), None::<Lsn>);
         for name in &config.produce.sinks {
             let (label, position) = if chosen.contains(name) {
@@ -123,7 +123,8 @@ impl Held {
     /// Everything has held: the walk may begin.
     pub(super) fn start(self, world: &World, outlets: Outlets, enricher: Enricher, from: Lsn) -> Session {
         info!(%from, lookup_rows = enricher.rows(), form = ?self.form, "streaming");
-        let walk = Walk::new(self.client, self.form, enricher, world.config.tables.clone(), from);
+        let mut walk = Walk::new(self.client, self.form, enricher, world.config.tables.clone(), from);
+        walk.keep_old = world.config.kafka.envelope == Envelope::Debezium;
         Session { stream: self.stream, outlets, walk }
     }
 }

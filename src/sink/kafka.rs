@@ -19,11 +19,13 @@ use tracing::warn;
 use super::worker::Worker;
 use super::{Opened, Sink, Stored};
 use crate::change::Op;
-use crate::config::{Config, TooLarge};
+use crate::config::{self, Config, TooLarge};
+use crate::envelope::{Envelope, Part};
 use crate::error::{Error, Result};
 use crate::event::{Event, Layout};
 use crate::kafka;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
+use crate::source::conn::Conninfo;
 use crate::value::Converted;
 use commit::{Committer, Piece, Record, producer};
 use limit::{Limit, require_room, write_note};
@@ -44,6 +46,8 @@ pub struct KafkaSink {
     bytes: Vec<u8>,
     records: Vec<Record>,
     limit: Limit,
+    /// `None`: the flat form.
+    envelope: Option<Envelope>,
 }
 
 /// Fences the previous owner and reads the position. Call it only while the slot is held. `tables` are the published ones:
@@ -57,7 +61,6 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String
     let own = [config.checkpoint_topic(), config.dead_letter_topic()];
     let own = own.into_iter().take(if config.kafka.too_large == TooLarge::DeadLetter { 2 } else { 1 });
     let needed: Vec<String> = own.chain(known.iter().cloned()).collect();
-    let limit = Limit::of(&config.kafka)?;
     let blocking = tokio::task::spawn_blocking(move || {
         let producer = producer(&c, &id.slot)?;
         let topics = kafka::topics_of(&c.kafka, producer.client(), kafka::TIMEOUT)?;
@@ -71,9 +74,7 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String
     // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
     let committer = Committer::new(producer, &config, identity.clone());
-    let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
-    let (topics, bytes, records) = (Arc::new(vec![config.dead_letter_topic()]), Vec::new(), Vec::new());
-    let sink = Box::new(KafkaSink { config, worker, start, topics, known, bytes, records, limit });
+    let sink = Box::new(KafkaSink::start(config, committer, start, known)?);
     Ok(Opened { sink, position: position.map(Stored) })
 }
 
@@ -116,26 +117,11 @@ impl Sink for KafkaSink {
         if self.start.has(event.at) {
             return Ok(());
         }
-        let failed = |e| Error::fatal(format_args!("event {} of table {}", event.at, event.layout.table), e);
-        let begin = self.bytes.len();
-        let key = event.write_key(&mut self.bytes).map_err(failed)?.then_some(begin..self.bytes.len());
-        let start = self.bytes.len();
-        event.write_json(&mut self.bytes).map_err(failed)?;
-        if self.bytes.len() - begin > self.limit.bytes {
-            return self.too_large(event, begin, start);
+        if self.envelope.is_some() && event.is_key_changed() && event.layout.is_keyed_by_row() {
+            self.take(event, Part::Gone)?;
+            return self.take(event, Part::Come);
         }
-        self.records.push(Record {
-            topic: index(event.layout),
-            key,
-            value: Some(start..self.bytes.len()),
-            timestamp: event.commit_time().map(|at| at.div_euclid(1000)),
-            partition: (event.op == Op::Truncate).then_some(0),
-            headers: self.config.kafka.headers.is_some().then(|| cloud_event(event, &self.config.pipeline)),
-        });
-        if self.config.kafka.tombstones {
-            self.bury(event).map_err(failed)?;
-        }
-        Ok(())
+        self.take(event, Part::Whole)
     }
 
     async fn mark(&mut self, checkpoint: Checkpoint) -> Result<()> {
@@ -175,13 +161,61 @@ fn index(layout: &Layout) -> usize {
 }
 
 impl KafkaSink {
+    fn start(config: Arc<Config>, committer: Committer, start: Checkpoint, known: BTreeSet<String>) -> Result<Self> {
+        let limit = Limit::of(&config.kafka)?;
+        let envelope = match config.kafka.envelope {
+            config::Envelope::Flat => None,
+            config::Envelope::Debezium => {
+                Some(Envelope::new(&config.pipeline, Conninfo::parse(&config.postgres.url)?.dbname()))
+            }
+        };
+        let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
+        let (topics, bytes, records) = (Arc::new(vec![config.dead_letter_topic()]), Vec::new(), Vec::new());
+        Ok(Self { config, worker, start, topics, known, bytes, records, limit, envelope })
+    }
+
+    /// Encodes an event, or one part of it, with what follows it for compacted topics.
+    fn take(&mut self, event: &Event<'_>, part: Part) -> Result<()> {
+        let failed = |e| Error::fatal(format_args!("event {} of table {}", event.at, event.layout.table), e);
+        let begin = self.bytes.len();
+        let keyed = match part {
+            Part::Gone => event.write_previous_key(&mut self.bytes),
+            _ => event.write_key(&mut self.bytes),
+        };
+        let key = keyed.map_err(failed)?.then_some(begin..self.bytes.len());
+        let start = self.bytes.len();
+        let written = match &self.envelope {
+            None => event.write_json(&mut self.bytes),
+            Some(envelope) => envelope.write(event, part, &mut self.bytes),
+        };
+        written.map_err(failed)?;
+        if self.bytes.len() - begin > self.limit.bytes {
+            return self.too_large(event, begin, start);
+        }
+        self.records.push(Record {
+            topic: index(event.layout),
+            key,
+            value: Some(start..self.bytes.len()),
+            timestamp: event.commit_time().map(|at| at.div_euclid(1000)),
+            partition: (event.op == Op::Truncate).then_some(0),
+            headers: self.config.kafka.headers.is_some().then(|| cloud_event(event, &self.config.pipeline)),
+        });
+        if self.config.kafka.tombstones {
+            self.bury(event, part).map_err(failed)?;
+        }
+        Ok(())
+    }
+
     /// For compacted topics: a record without value for a key that no row has any more, and a key for a truncate.
-    fn bury(&mut self, event: &Event<'_>) -> Converted<()> {
+    fn bury(&mut self, event: &Event<'_>, part: Part) -> Converted<()> {
         let start = self.bytes.len();
         let Some(record) = self.records.last_mut() else { return Ok(()) };
         let key = match event.op {
             Op::Delete if event.layout.is_keyed_by_row() => record.key.clone(),
-            Op::Update if event.write_previous_key(&mut self.bytes)? => Some(start..self.bytes.len()),
+            Op::Update if part == Part::Gone => record.key.clone(),
+            Op::Update if part == Part::Whole && event.write_previous_key(&mut self.bytes)? => {
+                Some(start..self.bytes.len())
+            }
             Op::Truncate => {
                 event.write_id(&mut self.bytes);
                 record.key = Some(start..self.bytes.len());

@@ -74,7 +74,8 @@ async fn messages_are_events_with_ids_of_their_own_and_rows_keep_theirs() {
 
     let found = messages(&p).await;
     let ids: Vec<_> = found.iter().map(|m| message_id(m)).collect();
-    let own = |returned: &str| expected_id("", returned)[1..].to_owned();
+    // A message of no transaction stands at the last byte of its own record: the next one may be a commit.
+    let own = |returned: &str| format!("{:016X}", returned.parse::<falaj::lsn::Lsn>().unwrap().0 - 1);
     let alone_commit = ids[6][..16].to_owned();
     assert_eq!(
         ids,
