@@ -1,6 +1,7 @@
 //! Configuration: defaults < file < environment < flags. Unknown keys are errors, so that a typing error never goes unseen.
 
 mod layers;
+mod sources;
 mod units;
 
 use std::collections::BTreeMap;
@@ -10,7 +11,6 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
-use crate::message;
 use layers::{mistyped, overlay, overlay_env, parse_toml};
 pub use units::{ByteSize, Span};
 
@@ -321,21 +321,6 @@ impl Config {
     /// The topic of what the outside system finally refused.
     pub fn dead_letter_topic(&self) -> String {
         format!("{}.dead_letter", self.pipeline)
-    }
-
-    /// The tables that events come from, whose topics are needed: the published ones, and that of messages where they are on.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] for a table of the messages' name.
-    pub fn sources(&self, mut published: Vec<String>) -> Result<Vec<String>> {
-        if self.produce.messages {
-            let messages = message::TABLE.to_owned();
-            if published.contains(&messages) {
-                return Err(message::name_taken());
-            }
-            published.push(messages);
-        }
-        Ok(published)
     }
 
     /// Settings of a table; `None` for one without an entry.

@@ -448,3 +448,16 @@ async fn odd_names_come_through_as_they_are() {
     }
     assert_eq!(p.values("my.schema.t").await.len(), 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_would_share_a_topic_of_falajs_own_is_refused() {
+    let mut p = Pipeline::bare(Servers::shared(), "ownname").await;
+    p.run("CREATE TABLE checkpoint (id int PRIMARY KEY); CREATE PUBLICATION falaj FOR TABLE checkpoint").await;
+    let refused = p.start(&["init", "--yes", "--with-tables"]).end().await;
+    assert!(refused.code == Some(78) && refused.log.contains("table_names"), "{refused:?}");
+    p.set("FALAJ_KAFKA__TOPIC", "{pipeline}.table.{table}");
+    p.init().await;
+    p.run("INSERT INTO checkpoint VALUES (1)").await;
+    p.produce().await;
+    assert_eq!(events(&p, "checkpoint", &["_op", "id"]).await, [r#"1: _op="c" id=1"#]);
+}

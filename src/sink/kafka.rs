@@ -28,7 +28,8 @@ use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
 use crate::source::conn::Conninfo;
 use crate::value::Converted;
 use commit::{Committer, Piece, Record, producer};
-use limit::{Limit, require_room, write_note};
+pub use limit::require_room;
+use limit::{Limit, write_note};
 use position::{read_position, require};
 
 /// What is buffered is handed to the producing thread in pieces of about this size.

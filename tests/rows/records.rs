@@ -142,7 +142,15 @@ async fn a_raised_limit_takes_the_row_once_the_topic_does() {
     for word in [&topic, "max.message.bytes = 1048588", "message.max.bytes\" is 20000000", "fix:"] {
         assert!(ended.log.contains(word), "{word} is not in: {}", ended.log);
     }
+    let checked = async |p: &Pipeline| -> Value {
+        let out = p.start(&["check", "--json"]).end().await.out;
+        let findings: Vec<Value> = serde_json::from_str(&out).unwrap();
+        findings.into_iter().find(|f| f["check"] == "kafka_too_large").unwrap()
+    };
+    let finding = checked(&p).await;
+    assert!(finding["ok"] == false && ended.log.contains(finding["found"].as_str().unwrap()), "{finding}");
     kafka::configure(&p.config, &topic, "max.message.bytes", "20000000").await;
+    assert_eq!(checked(&p).await["ok"], true);
     p.produce().await;
     assert_eq!(
         events(&p, "big", &["_op", "id"]).await,

@@ -82,14 +82,14 @@ pub(super) fn queue_kbytes(config: &config::Kafka) -> Result<String> {
 }
 
 /// Refuses topics and brokers that do not take what `message.max.bytes` allows. Asked only where that is more than the
-/// default, which every topic takes unless somebody has changed it; then the delivery says so.
+/// default, which every topic takes unless somebody has changed it; then the delivery says so. Gives what it has asked for.
 ///
 /// # Errors
 /// [`Error::Refused`] with both limits; [`Error::Unreachable`] without a broker.
-pub(super) async fn require_room(config: &Config, topics: &[String]) -> Result<()> {
+pub async fn require_room(config: &Config, topics: &[String]) -> Result<Option<usize>> {
     let wanted = message_max_bytes(&config.kafka)?;
     if wanted <= DEFAULT {
-        return Ok(());
+        return Ok(None);
     }
     let admin = kafka::admin(&config.kafka)?;
     let metadata = admin.inner().fetch_metadata(None, kafka::TIMEOUT).map_err(|e| kafka::error(&config.kafka, &e))?;
@@ -107,7 +107,7 @@ pub(super) async fn require_room(config: &Config, topics: &[String]) -> Result<(
                 .try_for_each(|key| fits(&resource, key, wanted))?;
         }
     }
-    Ok(())
+    Ok(Some(wanted))
 }
 
 fn fits(resource: &ConfigResource, key: &str, wanted: usize) -> Result<()> {
