@@ -9,6 +9,7 @@ mod position;
 mod reports;
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -156,6 +157,11 @@ impl Sink for KafkaSink {
     }
 }
 
+/// A record's timestamp: the commit's time in ms.
+fn timestamp(event: &Event<'_>) -> Option<i64> {
+    event.commit_time().map(|at| at.div_euclid(1000))
+}
+
 /// Index of a layout's topic.
 fn index(layout: &Layout) -> usize {
     layout.generation as usize + 1
@@ -191,76 +197,80 @@ impl KafkaSink {
         };
         written.map_err(failed)?;
         if self.bytes.len() - begin > self.limit.bytes {
-            return self.too_large(event, begin, start);
+            return self.too_large(event, part, begin, start);
         }
-        self.records.push(Record {
+        let mut record = Record {
             topic: index(event.layout),
             key,
             value: Some(start..self.bytes.len()),
-            timestamp: event.commit_time().map(|at| at.div_euclid(1000)),
+            timestamp: timestamp(event),
             partition: (event.op == Op::Truncate).then_some(0),
             headers: self.config.kafka.headers.is_some().then(|| cloud_event(event, &self.config.pipeline)),
-        });
-        if self.config.kafka.tombstones {
-            self.bury(event, part).map_err(failed)?;
+        };
+        if !self.config.kafka.tombstones {
+            self.records.push(record);
+            return Ok(());
         }
-        Ok(())
+        if event.op == Op::Truncate {
+            // A compacted topic takes no record without a key.
+            let start = self.bytes.len();
+            event.write_id(&mut self.bytes);
+            record.key = Some(start..self.bytes.len());
+        }
+        let key = record.key.clone();
+        self.records.push(record);
+        self.bury(event, part, key).map_err(failed)
     }
 
-    /// For compacted topics: a record without value for a key that no row has any more, and a key for a truncate.
-    fn bury(&mut self, event: &Event<'_>, part: Part) -> Converted<()> {
+    /// For compacted topics: a record without value for a key that no row has any more. `key` is that of the event.
+    fn bury(&mut self, event: &Event<'_>, part: Part, key: Option<Range<usize>>) -> Converted<()> {
         let start = self.bytes.len();
-        let Some(record) = self.records.last_mut() else { return Ok(()) };
-        let key = match event.op {
-            Op::Delete if event.layout.is_keyed_by_row() => record.key.clone(),
-            Op::Update if part == Part::Gone => record.key.clone(),
-            Op::Update if part == Part::Whole && event.write_previous_key(&mut self.bytes)? => {
-                Some(start..self.bytes.len())
-            }
-            Op::Truncate => {
-                event.write_id(&mut self.bytes);
-                record.key = Some(start..self.bytes.len());
-                None
+        let gone = match event.op {
+            Op::Delete if event.layout.is_keyed_by_row() => key,
+            Op::Update if part == Part::Gone => key,
+            Op::Update if part == Part::Whole => {
+                event.write_previous_key(&mut self.bytes)?.then_some(start..self.bytes.len())
             }
             _ => None,
         };
-        let (topic, timestamp) = (record.topic, record.timestamp);
-        self.records.extend(key.map(|key| Record {
-            topic,
+        self.records.extend(gone.map(|key| Record {
+            topic: index(event.layout),
             key: Some(key),
             value: None,
-            timestamp,
+            timestamp: timestamp(event),
             partition: None,
             headers: None,
         }));
         Ok(())
     }
 
-    /// Takes an event back whose key and body are too large; by policy a note stands in its place.
-    fn too_large(&mut self, event: &Event<'_>, begin: usize, start: usize) -> Result<()> {
+    /// Takes the body back of an event that is too large; by policy a note stands in its place.
+    fn too_large(&mut self, event: &Event<'_>, part: Part, begin: usize, start: usize) -> Result<()> {
         let (found, body) = (self.bytes.len() - begin, self.bytes.len() - start);
         let topic = &self.topics[index(event.layout)];
         if self.limit.policy == TooLarge::Stop {
             return Err(self.limit.refusal(event, found, topic));
         }
-        let key = (start > begin).then(|| &self.bytes[begin..start]);
-        let mut note = Vec::new();
-        write_note(event, self.limit, topic, key, body, &mut note)?;
         warn!(id = event.id(), table = event.layout.table, bytes = found, "too large for Kafka: dead letter");
         metrics::counter!("falaj_produce_dead_letters_total").increment(1);
+        let key = (1..=self.limit.longest_key()).contains(&(start - begin)).then_some(begin..start);
+        let mut note = Vec::new();
+        write_note(event, self.limit, topic, key.clone().map(|key| &self.bytes[key]), body, &mut note)?;
+        self.bytes.truncate(key.as_ref().map_or(begin, |key| key.end));
         // The room that it took is given back too.
-        self.bytes.truncate(begin);
         self.bytes.shrink_to(PIECE);
+        let start = self.bytes.len();
         self.bytes.extend_from_slice(&note);
         self.records.push(Record {
             topic: DEAD_LETTER,
             key: None,
-            value: Some(begin..self.bytes.len()),
-            timestamp: event.commit_time().map(|at| at.div_euclid(1000)),
+            value: Some(start..self.bytes.len()),
+            timestamp: timestamp(event),
             partition: None,
             headers: None,
         });
-        Ok(())
+        let buried = if self.config.kafka.tombstones { self.bury(event, part, key) } else { Ok(()) };
+        buried.map_err(|e| Error::fatal(format_args!("event {} of table {}", event.at, event.layout.table), e))
     }
 
     async fn hand_over(&mut self, checkpoint: Checkpoint, now: bool) -> Result<()> {

@@ -1,7 +1,7 @@
 //! `pg_logical_emit_message`: off by default, and each message once when on.
 
 use crate::produce::shown;
-use crate::rig::{Pipeline, Servers, assert_same, id, until};
+use crate::rig::{Pipeline, Servers, assert_same, bigquery, id, until};
 
 const MESSAGES: &str = "_message";
 
@@ -113,6 +113,9 @@ async fn messages_are_events_with_ids_of_their_own_and_rows_keep_theirs() {
     let stored: Vec<_> = found.iter().map(|m| m.replace(",\"_commit_ts\":null", "")).collect();
     assert_same("archive", &p.rows(MESSAGES), &stored);
     assert_eq!(silent.rows(MESSAGES), Vec::<String>::new());
+    p.start(&["upload", "--once"]).ends_well().await;
+    let loaded: Vec<_> = bigquery::rows(&p, "_id", MESSAGES, "_id").await.into_iter().flatten().flatten().collect();
+    assert_eq!(loaded, ids);
 }
 
 /// Neither a stop between two messages nor a kill doubles or loses one.

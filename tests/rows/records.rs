@@ -100,7 +100,7 @@ async fn a_row_of_100_mb_stops_the_stream_and_says_why() {
     for word in ["kafka_too_large", "of table big", "at most 998976 bytes", "message.max.bytes", "dead_letter"] {
         assert!(ended.log.contains(word), "{word} is not in: {}", ended.log);
     }
-    assert!(p.records(&"big").await.iter().all(|r| r.value.contains("\"id\":1")));
+    assert!(p.records("big").await.iter().all(|r| r.value.contains("\"id\":1")));
 
     p.set("FALAJ_KAFKA__TOO_LARGE", "dead_letter");
     p.produce().await;
@@ -176,6 +176,19 @@ async fn a_topic_that_takes_less_than_the_default_is_named() {
     p.produce().await;
     assert_eq!(p.values("big").await.len(), 2);
     assert_eq!(kafka::records(&p.config, &p.config.dead_letter_topic()).await.len(), 1);
+}
+
+/// The delete of a row that is too large has no place in a compacted topic, but its key has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tombstone_follows_a_delete_that_is_too_large() {
+    let mut p = published(Servers::shared(), "bigtomb", BIG).await;
+    p.set("FALAJ_KAFKA__TOO_LARGE", "dead_letter");
+    p.set("FALAJ_KAFKA__TOMBSTONES", "true");
+    p.run("ALTER TABLE big REPLICA IDENTITY FULL; INSERT INTO big VALUES (1, 'a')").await;
+    p.run("UPDATE big SET body = repeat('x', 2000000); DELETE FROM big").await;
+    p.produce().await;
+    assert_eq!(ops(&p, "big").await, ["1=c", "1=tombstone"]);
+    assert_eq!(kafka::records(&p.config, &p.config.dead_letter_topic()).await.len(), 2);
 }
 
 /// Many large rows one behind the other: memory holds a few of them, not all.

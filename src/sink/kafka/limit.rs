@@ -34,6 +34,11 @@ impl Limit {
         Ok(Self { bytes: message_max_bytes(config)?.saturating_sub(FRAMING), policy: config.too_large })
     }
 
+    /// A key up to this length still stands in a note and in a tombstone.
+    pub(super) fn longest_key(&self) -> usize {
+        self.bytes / 8
+    }
+
     /// The refusal of an event of `found` bytes.
     pub(super) fn refusal(&self, event: &Event<'_>, found: usize, topic: &str) -> Error {
         let (limit, needed) = (self.bytes, found + FRAMING);
@@ -99,13 +104,9 @@ pub async fn require_room(config: &Config, topics: &[String]) -> Result<Option<u
     let resources: Vec<_> = topics.chain(broker).collect();
     let options = AdminOptions::new().request_timeout(Some(kafka::TIMEOUT));
     let answers = admin.describe_configs(&resources, &options).await;
-    for answer in answers.map_err(|e| kafka::error(&config.kafka, &e))? {
-        // Without the right to describe it there is nothing to compare: the delivery will tell.
-        if let Ok(resource) = answer {
-            ["max.message.bytes", "socket.request.max.bytes"]
-                .iter()
-                .try_for_each(|key| fits(&resource, key, wanted))?;
-        }
+    // Without the right to describe one there is nothing to compare: the delivery will tell.
+    for resource in answers.map_err(|e| kafka::error(&config.kafka, &e))?.into_iter().flatten() {
+        ["max.message.bytes", "socket.request.max.bytes"].iter().try_for_each(|key| fits(&resource, key, wanted))?;
     }
     Ok(Some(wanted))
 }
@@ -157,8 +158,7 @@ pub(super) fn write_note(
     out: &mut Vec<u8>,
 ) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| Error::fatal(format_args!("a dead letter for event {}", event.id()), e);
-    let key =
-        key.filter(|key| key.len() <= limit.bytes / 8).map(std::str::from_utf8).transpose().map_err(|e| failed(&e))?;
+    let key = key.map(std::str::from_utf8).transpose().map_err(|e| failed(&e))?;
     let note = Note {
         id: &event.id(),
         position: event.at,
