@@ -13,5 +13,6 @@ mod pitfalls;
 mod produce;
 mod refuse;
 mod rig;
+mod rows;
 mod setup;
 mod upload;

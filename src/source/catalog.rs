@@ -111,8 +111,11 @@ async fn describe(client: &Client, row: &Row, listed: Option<Vec<String>>) -> Re
                    (SELECT pg_catalog.array_position(i.indkey::int2[], a.attnum) FROM pg_catalog.pg_index i \
                        WHERE i.indrelid = c.oid AND i.indisprimary) \
                FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
-               WHERE c.oid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum";
-    let found = client.query(sql, &[&oid]).await.map_err(|e| sql_error("reading the catalogue", &e))?;
+               WHERE c.oid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND (a.attgenerated = '' OR a.attname::text = ANY ($2)) \
+               ORDER BY a.attnum";
+    // A generated column is streamed only where the publication names it (Postgres 18, publish_generated_columns).
+    let named: &[String] = listed.as_deref().unwrap_or_default();
+    let found = client.query(sql, &[&oid, &named]).await.map_err(|e| sql_error("reading the catalogue", &e))?;
     let mut key: Vec<(i32, String)> =
         found.iter().filter_map(|r| Some((r.get::<_, Option<i32>>(4)?, r.get(0)))).collect();
     key.sort();

@@ -174,19 +174,24 @@ pub async fn wire_form(client: &Client, publication: &str) -> Result<WireForm> {
     Ok(if known { WireForm::Binary } else { WireForm::Text })
 }
 
-/// Indexes of a relation's primary key columns. Under the default identity the stream says it; else the catalogue does.
+/// Indexes, in column order, of the columns that a relation's rows are known by: the primary key. Under the default identity
+/// the stream says it; else the catalogue does. Where deletes do not bring the primary key (REPLICA IDENTITY USING INDEX of
+/// other columns), they are the index's columns, so that every change of a row has the same key.
 ///
 /// # Errors
 /// [`Error::Unreachable`] when the connection is lost.
 pub async fn primary_key(client: &Client, relation: &Relation) -> Result<Vec<usize>> {
+    let identity = || (0..relation.columns.len()).filter(|i| relation.columns[*i].identity).collect();
     if relation.replica_identity == b'd' {
-        return Ok((0..relation.columns.len()).filter(|i| relation.columns[*i].identity).collect());
+        return Ok(identity());
     }
     let sql = "SELECT a.attname::text FROM pg_catalog.pg_index i \
                JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[]) \
-               WHERE i.indrelid = $1 AND i.indisprimary ORDER BY array_position(i.indkey::int2[], a.attnum)";
+               WHERE i.indrelid = $1 AND i.indisprimary ORDER BY a.attnum";
     let rows = client.query(sql, &[&relation.oid]).await.map_err(lost)?;
-    Ok(rows.iter().filter_map(|row| relation.index_of(row.get(0))).collect())
+    let primary: Vec<usize> = rows.iter().filter_map(|row| relation.index_of(row.get(0))).collect();
+    let is_brought = !primary.is_empty() && primary.iter().all(|i| relation.columns[*i].identity);
+    Ok(if relation.replica_identity == b'i' && !is_brought { identity() } else { primary })
 }
 
 fn parse_lsn(text: &str) -> Result<Lsn> {

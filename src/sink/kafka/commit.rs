@@ -9,7 +9,9 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::OwnedHeaders;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
+use super::limit::queue_kbytes;
 use super::position::CheckpointRecord;
+use super::reports::Reports;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
 use crate::kafka::{TIMEOUT, client_over, error};
@@ -58,16 +60,17 @@ impl Records {
 pub(super) struct Record {
     pub(super) topic: usize,
     pub(super) key: Option<Range<usize>>,
-    pub(super) value: Range<usize>,
-    /// ms since the Unix epoch.
-    pub(super) timestamp: i64,
+    /// `None`: a tombstone.
+    pub(super) value: Option<Range<usize>>,
+    /// Commit time, ms since the Unix epoch; without one Kafka takes that of sending.
+    pub(super) timestamp: Option<i64>,
     pub(super) partition: Option<i32>,
     pub(super) headers: Option<OwnedHeaders>,
 }
 
 /// The thread's side: owns the producer and the open Kafka transaction.
 pub(super) struct Committer {
-    producer: BaseProducer,
+    producer: BaseProducer<Reports>,
     config: config::Kafka,
     topic: String,
     identity: SlotIdentity,
@@ -87,7 +90,12 @@ struct Open {
 
 impl Committer {
     /// `spent` takes back what has been produced.
-    pub(super) fn new(producer: BaseProducer, config: &Config, identity: SlotIdentity, spent: Sender<Records>) -> Self {
+    pub(super) fn new(
+        producer: BaseProducer<Reports>,
+        config: &Config,
+        identity: SlotIdentity,
+        spent: Sender<Records>,
+    ) -> Self {
         Self {
             producer,
             config: config.kafka.clone(),
@@ -146,7 +154,7 @@ impl Committer {
         });
         open.bytes += piece.records.bytes.len();
         open.checkpoint = piece.checkpoint;
-        open.is_live = piece.records.list.last().is_none_or(|r| age_of(r.timestamp) < BACKLOG);
+        open.is_live = piece.records.list.last().and_then(|r| r.timestamp).is_none_or(|at| age_of(at) < BACKLOG);
         for record in &piece.records.list {
             self.produce(piece, record)?;
         }
@@ -154,9 +162,9 @@ impl Committer {
     }
 
     fn produce(&self, piece: &Piece, record: &Record) -> Result<()> {
-        let mut out = BaseRecord::<[u8], [u8]>::to(&piece.topics[record.topic])
-            .payload(&piece.records.bytes[record.value.clone()])
-            .timestamp(record.timestamp);
+        let mut out = BaseRecord::<[u8], [u8]>::to(&piece.topics[record.topic]);
+        out.payload = record.value.clone().map(|value| &piece.records.bytes[value]);
+        out.timestamp = record.timestamp;
         out.key = record.key.clone().map(|key| &piece.records.bytes[key]);
         out.partition = record.partition;
         out.headers.clone_from(&record.headers);
@@ -219,7 +227,7 @@ impl Committer {
 
     /// Retriable errors ask for the same call again; any other one ends this producer, and a new one starts from the
     /// position that is stored.
-    fn retrying(&self, call: impl Fn(&BaseProducer) -> Result<(), KafkaError>) -> Result<()> {
+    fn retrying(&self, call: impl Fn(&BaseProducer<Reports>) -> Result<(), KafkaError>) -> Result<()> {
         loop {
             match call(&self.producer) {
                 Ok(()) => return Ok(()),
@@ -230,6 +238,11 @@ impl Committer {
     }
 
     fn failed(&self, e: &KafkaError) -> Error {
+        // A commit that fails says only that something was not taken; what, is in the reports.
+        self.producer.poll(STEP);
+        if let Some(refusal) = self.producer.context().refusal() {
+            return refusal;
+        }
         match self.producer.client().fatal_error() {
             Some((
                 RDKafkaErrorCode::Fenced | RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::InvalidProducerEpoch,
@@ -247,7 +260,7 @@ fn age_of(commit_ms: i64) -> Duration {
 }
 
 /// A producer of this pipeline and slot; its `init_transactions` fences whoever had the id before.
-pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
+pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer<Reports>> {
     let mut settings = client_over(
         &config.kafka,
         &[
@@ -256,7 +269,6 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
             ("batch.num.messages", "20000"),
             // Where the broker shares the machine its work is what bounds the rate, and this makes it a fifth.
             ("compression.type", "lz4"),
-            ("queue.buffering.max.kbytes", "8192"),
             ("queue.buffering.max.messages", "200000"),
             ("transaction.timeout.ms", "60000"),
             ("message.timeout.ms", "45000"),
@@ -267,6 +279,7 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
         .set("transactional.id", format!("{}.{slot}", config.pipeline))
         .set("enable.idempotence", "true")
         .set("acks", "all")
+        .set("queue.buffering.max.kbytes", queue_kbytes(&config.kafka)?)
         .set("delivery.report.only.error", "true");
-    settings.create().map_err(|e| error(&config.kafka, &e))
+    settings.create_with_context(Reports::default()).map_err(|e| error(&config.kafka, &e))
 }
