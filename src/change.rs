@@ -68,6 +68,15 @@ pub enum Step<'a> {
     Truncate(Vec<Change<'a>>),
     /// The schema of the following rows.
     Relation(crate::schema::Relation),
+    /// A user-defined type of the next Relation; of a domain, its base type. Takes no number.
+    Type {
+        /// `pg_type.oid`, of the domain itself.
+        oid: u32,
+        /// Schema; empty for `pg_catalog`.
+        namespace: &'a str,
+        /// Name.
+        name: &'a str,
+    },
     /// The transaction is whole up to this LSN.
     Commit {
         /// End of the commit record.
@@ -127,7 +136,8 @@ impl Assembler {
             }
             Message::Relation(relation) => Ok(Step::Relation(relation)),
             Message::Commit { commit_lsn, end_lsn, commit_ts } => self.commit(commit_lsn, end_lsn, commit_ts),
-            Message::Type { .. } | Message::Origin { .. } | Message::Logical { .. } => Ok(Step::Other),
+            Message::Type { oid, namespace, name } => Ok(Step::Type { oid, namespace, name }),
+            Message::Origin { .. } | Message::Logical { .. } => Ok(Step::Other),
             Message::StreamStart { .. }
             | Message::StreamStop
             | Message::StreamCommit { .. }
@@ -246,6 +256,7 @@ mod tests {
                 format!("relation {} {} ({})", r.oid, r.table(), columns.join(", "))
             }
             Step::Commit { end_lsn, .. } => format!("commit, acknowledge {end_lsn}"),
+            Step::Type { oid, name, .. } => format!("type {oid} {name}"),
             Step::Other => "nothing".into(),
         }
     }

@@ -14,4 +14,5 @@ mod produce;
 mod refuse;
 mod rig;
 mod setup;
+mod types;
 mod upload;

@@ -19,6 +19,7 @@ use crate::schema::Relation;
 use crate::sink::Sink;
 use crate::source::chunk::{Chunk, Frame};
 use crate::source::slot::{self, WireForm};
+use crate::source::types::{self, Told};
 
 /// Everything the walk knows between two messages.
 pub(super) struct Walk {
@@ -27,6 +28,7 @@ pub(super) struct Walk {
     form: WireForm,
     tables: Vec<config::Table>,
     assembler: Assembler,
+    told: Told,
     layouts: HashMap<u32, Known>,
     generations: u32,
     /// End of the last whole transaction, or an idle position.
@@ -61,6 +63,7 @@ impl Walk {
             form,
             tables,
             assembler: Assembler::default(),
+            told: Told::default(),
             layouts: HashMap::new(),
             generations: 0,
             resume: from,
@@ -149,7 +152,9 @@ impl Walk {
         match self.assembler.push(message).map_err(|e| Error::fatal("decoding the replication stream", e))? {
             Step::Change(change) => self.change(&change, sinks)?,
             Step::Truncate(changes) => changes.iter().try_for_each(|change| self.change(change, sinks))?,
-            Step::Relation(relation) => {
+            Step::Type { oid, namespace, name } => self.told.tell(oid, namespace, name),
+            Step::Relation(mut relation) => {
+                types::resolve(&self.client, &mut relation.columns, &self.told).await?;
                 if self.form == WireForm::Binary && !relation.columns.iter().all(|c| c.ty().has_binary()) {
                     return Ok(Some(Reached::ReadInText));
                 }

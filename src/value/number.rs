@@ -1,5 +1,8 @@
 //! Floats and numerics: Postgres's digits, and exact decimals.
 
+use std::fmt::LowerExp;
+use std::str::FromStr;
+
 use super::{Converted, bad, utf8};
 use crate::pgoutput::Cell;
 use crate::schema::Type;
@@ -7,15 +10,41 @@ use crate::schema::Type;
 /// `float4out`: exponent form from 1e6 on.
 pub(super) fn write_float4(x: f32, out: &mut Vec<u8>) {
     if !write_special(f64::from(x), out) {
-        lay_out(&format!("{x:e}"), 6, out);
+        lay_out(&shortest(x, 7), 6, out);
     }
 }
 
 /// `float8out`: exponent form from 1e15 on.
 pub(super) fn write_float8(x: f64, out: &mut Vec<u8>) {
     if !write_special(x, out) {
-        lay_out(&format!("{x:e}"), 15, out);
+        lay_out(&shortest(x, 15), 15, out);
     }
+}
+
+/// The digits that Postgres writes, as `{:e}` lays them out: the shortest that read back. Only where those lie just
+/// midway to the next float, Postgres takes more, for readers that round a tie the wrong way. None but a whole number
+/// of at least `10^ties` is short enough midway.
+fn shortest<T: LowerExp + FromStr + PartialEq>(x: T, ties: i32) -> String {
+    let mut text = format!("{x:e}");
+    while let Some((mantissa, exponent)) = text.split_once('e')
+        && exponent.parse::<i32>().is_ok_and(|e| e >= ties)
+        && is_midway(&x, mantissa, exponent)
+    {
+        let digits = mantissa.bytes().filter(u8::is_ascii_digit).count();
+        text = format!("{x:.digits$e}");
+    }
+    text
+}
+
+/// Whether the slightest bit more, or less, than `mantissa` reads as another float.
+fn is_midway<T: FromStr + PartialEq>(x: &T, mantissa: &str, exponent: &str) -> bool {
+    let mantissa = if mantissa.contains('.') { mantissa.trim_end_matches('0').trim_end_matches('.') } else { mantissa };
+    let point = if mantissa.contains('.') { "" } else { "." };
+    let (head, last) = mantissa.split_at(mantissa.len().saturating_sub(1));
+    let one_less = last.parse::<u8>().unwrap_or(1).saturating_sub(1);
+    let more = format!("{mantissa}{point}{:0>50}e{exponent}", 1);
+    let less = format!("{head}{one_less}{point}{:9>50}e{exponent}", 9);
+    [more, less].iter().any(|text| text.parse::<T>().is_ok_and(|y| y != *x))
 }
 
 fn write_special(x: f64, out: &mut Vec<u8>) -> bool {
