@@ -175,7 +175,10 @@ mod tests {
         for unknown in [0, 1, 16_384] {
             assert_eq!(Type::from_oid(unknown, -1), Type::Other);
         }
-        assert_eq!((BuiltIn::oid_of("int4"), BuiltIn::oid_of("_int4"), BuiltIn::oid_of("mood")), (Some(23), Some(1007), None));
+        assert_eq!(
+            (BuiltIn::oid_of("int4"), BuiltIn::oid_of("_int4"), BuiltIn::oid_of("mood")),
+            (Some(23), Some(1007), None)
+        );
         assert_eq!((BuiltIn::oid_of("_pg_node_tree"), BuiltIn::oid_of("_")), (None, None));
     }
 }

@@ -61,7 +61,7 @@ const ENDS: &str = "WITH RECURSIVE way (asked, at, mod, in_array, step) AS ( \
         FROM way w JOIN pg_catalog.pg_type t ON t.oid = w.at LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem \
         WHERE t.typtype = 'd' OR (NOT w.in_array AND e.typarray = t.oid AND e.typdelim = ',')) \
     SELECT DISTINCT ON (w.asked) w.asked, w.at, w.mod, w.in_array, \
-           t.typtype = 'e' OR (p.prosrc = 'textsend' AND p.prolang = 12) \
+           coalesce(t.typtype = 'e' OR (p.prosrc = 'textsend' AND p.prolang = 12), false) \
     FROM way w JOIN pg_catalog.pg_type t ON t.oid = w.at LEFT JOIN pg_catalog.pg_proc p ON p.oid = t.typsend \
     ORDER BY w.asked, w.step DESC";
 

@@ -76,7 +76,8 @@ fn tables() -> String {
         let text = if sample.sql == "money" { "$1,234.50" } else { sample.values[0] };
         row(&mut out, sample.sql, known(sample), text);
     }
-    out += "\nArrays, of any of them:\n\n| type | Postgres's text | JSON | Parquet | BigQuery |\n|---|---|---|---|---|\n";
+    out +=
+        "\nArrays, of any of them:\n\n| type | Postgres's text | JSON | Parquet | BigQuery |\n|---|---|---|---|---|\n";
     for (name, text) in [
         ("bool[]", "{t,NULL,f}"),
         ("int4[]", "{{1,NULL},{3,4}}"),
@@ -125,7 +126,10 @@ fn every_built_in_type_has_a_sample_and_a_line() {
         };
         let sampled = samples.iter().find(named);
         assert_eq!(sampled.is_none(), WITHOUT_INPUT.contains(name), "{name}");
-        assert!(document.contains(&format!("`{}`", sampled.map_or(*name, |s| s.sql))), "{name} is not in docs/types.md");
+        assert!(
+            document.contains(&format!("`{}`", sampled.map_or(*name, |s| s.sql))),
+            "{name} is not in docs/types.md"
+        );
     }
 }
 

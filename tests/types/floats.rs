@@ -46,11 +46,13 @@ async fn floats_have_the_digits_that_postgres_gives_them() {
     let sql = |ty: &str| format!("SELECT x::text FROM unnest($1::{ty}[]) WITH ORDINALITY AS u (x, n) ORDER BY n");
     let doubles = doubles();
     let texts = p.sql.query(&sql("float8"), &[&doubles]).await.unwrap();
-    let wrong = doubles.iter().zip(&texts).map(|(x, row)| (written(Type::Float8, &x.to_be_bytes()), row.get::<_, String>(0)));
+    let wrong =
+        doubles.iter().zip(&texts).map(|(x, row)| (written(Type::Float8, &x.to_be_bytes()), row.get::<_, String>(0)));
     assert_eq!(wrong.filter(|(found, wanted)| found != wanted).collect::<Vec<_>>(), []);
     let singles = singles();
     let texts = p.sql.query(&sql("float4"), &[&singles]).await.unwrap();
-    let wrong = singles.iter().zip(&texts).map(|(x, row)| (written(Type::Float4, &x.to_be_bytes()), row.get::<_, String>(0)));
+    let wrong =
+        singles.iter().zip(&texts).map(|(x, row)| (written(Type::Float4, &x.to_be_bytes()), row.get::<_, String>(0)));
     assert_eq!(wrong.filter(|(found, wanted)| found != wanted).collect::<Vec<_>>(), []);
     assert!(doubles.len() > 120_000 && singles.len() > 120_000);
 }

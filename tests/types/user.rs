@@ -34,7 +34,10 @@ async fn a_table_of_a_new_type_joins_a_binary_stream_while_it_flows() {
     until("all are there", async || p.values("engagement_events").await.len() == 3).await;
     produce.drains().await;
     let deals = p.values("deal").await;
-    assert_eq!((field(&deals, "pair"), field(&deals, "pairs")), (vec![r#""(1,\"b c\")""#.into()], vec![r#"["(2,é)",null]"#.into()]));
+    assert_eq!(
+        (field(&deals, "pair"), field(&deals, "pairs")),
+        (vec![r#""(1,\"b c\")""#.into()], vec![r#"["(2,é)",null]"#.into()])
+    );
     let events = p.values("engagement_events").await;
     assert_eq!(field(&events, "duration_ms"), ["1", "2", "3"]);
     assert_same("archive", &p.rows("engagement_events"), &events);

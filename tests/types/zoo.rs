@@ -136,7 +136,9 @@ impl Column {
             "float4" | "float8" => {
                 ("true".into(), format!("encode({base}send({c}), 'hex')"), format!("encode(float8send({c}), 'hex')"))
             }
-            "numeric(12,3)" | "numeric(38,10)" | "price" => (format!("{c} <> 'NaN'"), c.into(), format!("trim_scale({c})")),
+            "numeric(12,3)" | "numeric(38,10)" | "price" => {
+                (format!("{c} <> 'NaN'"), c.into(), format!("trim_scale({c})"))
+            }
             "date" => (in_calendar(c), format!("{c} - date '1970-01-01'"), format!("{c} - date '1970-01-01'")),
             time if is_time(time) => {
                 let micros = format!("(extract(epoch FROM {c}) * 1000000)::bigint");
