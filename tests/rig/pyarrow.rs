@@ -19,7 +19,7 @@ pub struct Found {
 pub fn read(files: &[PathBuf]) -> Found {
     let root = env!("CARGO_MANIFEST_DIR");
     let mut command = Command::new(format!("{root}/dev/stack"));
-    command.args(["call", "bigquery_python", &format!("{root}/tests/rig/pyarrow.py")]).args(files);
+    command.args(["call", "bigquery_python", &format!("{root}/tests/rig/read_parquet.py")]).args(files);
     let out = command.output().expect("dev/stack runs");
     assert!(out.status.success(), "pyarrow: {}", String::from_utf8_lossy(&out.stderr));
     serde_json::from_slice(&out.stdout).unwrap()

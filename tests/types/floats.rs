@@ -25,9 +25,13 @@ fn doubles() -> Vec<f64> {
         [ten.saturating_sub(1), ten, ten + 1]
     });
     let random = (0..60_000).map(|_| rng.random::<u64>());
-    // Whole numbers that are near the limit of what a double holds exactly: a tie is short there.
+    // Whole numbers, and such with a few binary digits after the point, near the limit of what a double holds exactly:
+    // there two decimals can be as near, and one can lie just midway between two floats.
     let mut rng = StdRng::seed_from_u64(SEED);
-    let whole = (0..60_000).map(move |_| (rng.random_range(1_u64..1 << 62) as f64).to_bits());
+    let whole = (0..60_000).map(move |_| {
+        let units = f64::from(1_u32 << rng.random_range(0..27));
+        (rng.random_range(1_u64..1 << 62) as f64 / units).to_bits()
+    });
     edges.chain(tens).chain(random).chain(whole).map(f64::from_bits).collect()
 }
 
@@ -36,7 +40,10 @@ fn singles() -> Vec<f32> {
     let edges = (0..=254_u32).flat_map(|e| (0..4).map(move |d| (e << 23) + d));
     let random = (0..60_000).map(|_| rng.random::<u32>());
     let mut rng = StdRng::seed_from_u64(SEED);
-    let whole = (0..60_000).map(move |_| (rng.random_range(1_u32..u32::MAX) as f32).to_bits());
+    let whole = (0..60_000).map(move |_| {
+        let units = (1_u32 << rng.random_range(0..16)) as f32;
+        (rng.random_range(1_u32..u32::MAX) as f32 / units).to_bits()
+    });
     edges.chain(random).chain(whole).map(f32::from_bits).collect()
 }
 

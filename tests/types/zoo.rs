@@ -136,7 +136,7 @@ impl Column {
             "float4" | "float8" => {
                 ("true".into(), format!("encode({base}send({c}), 'hex')"), format!("encode(float8send({c}), 'hex')"))
             }
-            "numeric(12,3)" | "numeric(38,10)" | "price" => {
+            "numeric(12,3)" | "numeric(38,18)" | "price" => {
                 (format!("{c} <> 'NaN'"), c.into(), format!("trim_scale({c})"))
             }
             "date" => (in_calendar(c), format!("{c} - date '1970-01-01'"), format!("{c} - date '1970-01-01'")),
@@ -168,7 +168,7 @@ impl Column {
         let answer = answer?;
         Some(match &*self.sql {
             "float4" | "float8" => format!("{:016x}", answer.parse::<f64>().unwrap().to_bits()),
-            "numeric(12,3)" | "numeric(38,10)" | "price" if answer.contains('.') => {
+            "numeric(12,3)" | "numeric(38,18)" | "price" if answer.contains('.') => {
                 answer.trim_end_matches('0').trim_end_matches('.').to_owned()
             }
             _ => answer,
