@@ -77,6 +77,15 @@ pub enum Step<'a> {
     Truncate(Vec<Change<'a>>),
     /// The schema of the following rows.
     Relation(crate::schema::Relation),
+    /// A user-defined type of the next Relation; of a domain, its base type. Takes no number.
+    Type {
+        /// `pg_type.oid`, of the domain itself.
+        oid: u32,
+        /// Schema; empty for `pg_catalog`.
+        namespace: &'a str,
+        /// Name.
+        name: &'a str,
+    },
     /// The transaction is whole up to this LSN.
     Commit {
         /// End of the commit record.
@@ -142,7 +151,8 @@ impl Assembler {
                 let (at, commit_ts) = self.place_of(transactional, lsn)?;
                 Ok(Step::Message(Sent { at, commit_ts, lsn, prefix, content }))
             }
-            Message::Type { .. } | Message::Origin { .. } => Ok(Step::Other),
+            Message::Type { oid, namespace, name } => Ok(Step::Type { oid, namespace, name }),
+            Message::Origin { .. } => Ok(Step::Other),
             Message::StreamStart { .. }
             | Message::StreamStop
             | Message::StreamCommit { .. }
@@ -280,6 +290,7 @@ mod tests {
             Step::Message(m) => {
                 format!("{} at {}: {:?} {:?}", m.lsn, m.at, m.prefix, String::from_utf8_lossy(m.content))
             }
+            Step::Type { oid, name, .. } => format!("type {oid} {name}"),
             Step::Other => "nothing".into(),
         }
     }

@@ -15,4 +15,5 @@ mod refuse;
 mod rig;
 mod rows;
 mod setup;
+mod types;
 mod upload;

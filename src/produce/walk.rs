@@ -21,6 +21,7 @@ use crate::schema::Relation;
 use crate::sink::Sink;
 use crate::source::chunk::{Chunk, Frame};
 use crate::source::slot::{self, WireForm};
+use crate::source::types::{self, Told};
 
 /// Everything the walk knows between two messages.
 pub(super) struct Walk {
@@ -29,6 +30,7 @@ pub(super) struct Walk {
     form: WireForm,
     tables: Vec<config::Table>,
     assembler: Assembler,
+    told: Told,
     layouts: HashMap<u32, Known>,
     /// Relations that have been described, before their next row. Beside a partitioned table the server describes each of its
     /// partitions too, although their rows come as the root's: those are never planned.
@@ -69,6 +71,7 @@ impl Walk {
             form,
             tables,
             assembler: Assembler::default(),
+            told: Told::default(),
             layouts: HashMap::new(),
             described: HashMap::new(),
             messages: Messages::default(),
@@ -163,7 +166,9 @@ impl Walk {
         match self.assembler.push(message).map_err(|e| Error::fatal("decoding the replication stream", e))? {
             Step::Change(change) => self.change(&change, sinks)?,
             Step::Truncate(changes) => changes.iter().try_for_each(|change| self.change(change, sinks))?,
-            Step::Relation(relation) => {
+            Step::Type { oid, namespace, name } => self.told.tell(oid, namespace, name),
+            Step::Relation(mut relation) => {
+                types::resolve(&self.client, &mut relation.columns, &self.told).await?;
                 if self.form == WireForm::Binary && !relation.columns.iter().all(|c| c.ty().has_binary()) {
                     return Ok(Some(Reached::ReadInText));
                 }

@@ -3,6 +3,7 @@
 use tokio_postgres::{Client, Row};
 
 use super::conn::sql_error;
+use super::types::{self, Told};
 use super::wire::ident;
 use crate::error::Result;
 use crate::schema::{Column, Relation};
@@ -121,13 +122,14 @@ async fn describe(client: &Client, row: &Row, listed: Option<Vec<String>>) -> Re
     key.sort();
     let is_listed = |name: &str| listed.as_ref().is_none_or(|l| l.iter().any(|c| c == name));
     let column = |r: &Row| Column { name: r.get(0), type_oid: r.get(1), type_mod: r.get(2), identity: r.get(3) };
-    let relation = Relation {
+    let mut relation = Relation {
         oid,
         namespace: row.get(1),
         name: row.get(2),
         replica_identity: row.get::<_, &str>(4).bytes().next().unwrap_or(b'd'),
         columns: found.iter().map(column).filter(|c| is_listed(&c.name)).collect(),
     };
+    types::resolve(client, &mut relation.columns, &Told::default()).await?;
     let primary_key = key.into_iter().map(|(_, name)| name).collect();
     Ok(Table { relation, primary_key, partitioned: row.get(3), readable: row.get(5) })
 }

@@ -6,4 +6,5 @@ pub mod conn; //    where Postgres is; SQL sessions
 mod pace;
 pub mod slot; //    the slot and the catalogue, as SQL sees them
 pub mod stream; //  the CopyBoth stream
+pub mod types; //   user-defined types, by what their values look like
 pub mod wire; //    the replication connection

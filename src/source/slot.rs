@@ -1,10 +1,11 @@
 //! The slot and the catalogue, as SQL sees them.
 
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Row};
 
+use super::types::{self, Told};
 use crate::error::{Error, Result};
 use crate::lsn::{Checkpoint, Lsn};
-use crate::schema::{Relation, Type};
+use crate::schema::{Column, Relation};
 
 /// A row of `pg_replication_slots`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -170,7 +171,10 @@ pub async fn wire_form(client: &Client, publication: &str) -> Result<WireForm> {
                JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
                WHERE p.pubname::text = $1";
     let rows = client.query(sql, &[&publication]).await.map_err(lost)?;
-    let known = rows.iter().all(|row| Type::from_oid(row.get(0), -1).has_binary());
+    let column = |row: &Row| Column { name: String::new(), type_oid: row.get(0), type_mod: -1, identity: false };
+    let mut columns: Vec<_> = rows.iter().map(column).collect();
+    types::resolve(client, &mut columns, &Told::default()).await?;
+    let known = columns.iter().all(|c| c.ty().has_binary());
     Ok(if known { WireForm::Binary } else { WireForm::Text })
 }
 

@@ -137,7 +137,9 @@ impl TableLoad<'_> {
             let pending = metrics::gauge!("falaj_upload_pending_batches", "table" => self.table.to_owned());
             pending.set(self.new_files(record).count() as f64);
             let fields = self.ensure_table(chain, &group.sources[0]).await?;
-            let key = columns::names_in(&group.sources[0].primary_key, group.sources[0].schema());
+            let key = &group.sources[0].primary_key;
+            let names = columns::names_in(key, group.sources[0].schema());
+            let key: Vec<_> = key.iter().cloned().zip(names).collect();
             let through = group.through;
             let load = prepare(group, record.loaded, fields.clone(), turn.scratch()).await?;
             let end = load.as_ref().map(|load| load.last);
@@ -197,7 +199,12 @@ impl TableLoad<'_> {
     }
 
     /// A view that falaj has made follows the table's columns; one without its label is left as it is.
-    async fn ensure_view(&self, chain: &Chain<'_>, key: &[String], fields: &[TableFieldSchema]) -> Result<()> {
+    async fn ensure_view(
+        &self,
+        chain: &Chain<'_>,
+        key: &[(String, String)],
+        fields: &[TableFieldSchema],
+    ) -> Result<()> {
         let id = columns::view_id(&chain.table_id);
         if key.is_empty() {
             return Ok(());
