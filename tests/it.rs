@@ -13,5 +13,7 @@ mod pitfalls;
 mod produce;
 mod refuse;
 mod rig;
+mod schema;
 mod setup;
 mod upload;
+mod versions;

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
+use crate::schema::Type;
 
 const BASE: &str = "base.jsonl";
 const CHANGES: &str = "changes.jsonl";
@@ -31,6 +32,9 @@ pub struct BaseHeader {
     pub origin: Lsn,
     /// Made by `--adopt-slot`: rows are those of that moment, although `lsn` may lie before it.
     pub adopted: bool,
+    /// `pg_current_snapshot()` of an adoption: which transactions its rows are already as of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adopted_snapshot: Option<String>,
     /// The lookup tables.
     pub tables: Vec<LookupTable>,
 }
@@ -40,6 +44,9 @@ pub struct BaseHeader {
 pub struct LookupTable {
     /// Table name as in the configuration.
     pub table: String,
+    /// `pg_class.oid`: a table that is made anew under the name is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oid: Option<u32>,
     /// The primary key column.
     pub key: ColumnType,
     /// Joined columns, in the order of the rows' values.
@@ -55,6 +62,13 @@ pub struct ColumnType {
     pub type_oid: u32,
     /// `atttypmod`
     pub type_mod: i32,
+}
+
+impl ColumnType {
+    /// The type that falaj knows it by.
+    pub fn ty(&self) -> Type {
+        Type::from_oid(self.type_oid, self.type_mod)
+    }
 }
 
 /// A lookup row: the key's text and the joined columns' texts, NULL as `None`.
@@ -321,8 +335,10 @@ mod tests {
             lsn: Lsn(100),
             origin: Lsn(100),
             adopted: false,
+            adopted_snapshot: None,
             tables: vec![LookupTable {
                 table: "content".into(),
+                oid: None,
                 key: column("id", 2950),
                 columns: vec![column("title", 25)],
             }],

@@ -64,7 +64,8 @@ fn lookup(name: &str, source: Option<&Table>, columns: &[String]) -> Result<Look
         ));
     }
     let columns = columns.iter().map(|c| column(c).map(typed)).collect::<Result<_>>()?;
-    let table = LookupTable { table: name.to_owned(), key: typed(key), columns };
+    let oid = Some(source.relation.oid);
+    let table = LookupTable { table: name.to_owned(), oid, key: typed(key), columns };
     Ok(Lookup { table, source: source.clone() })
 }
 
@@ -84,14 +85,15 @@ fn typed(column: &Column) -> ColumnType {
     ColumnType { name: column.name.clone(), type_oid: column.type_oid, type_mod: column.type_mod }
 }
 
-/// Writes the base with the rows of an exported snapshot, or with those of now. Gives the number of rows.
+/// Writes the base with the rows of an exported snapshot, or with those of now, and then with what now was. Gives the number
+/// of rows.
 ///
 /// # Errors
 /// [`Error::Refused`] for want of SELECT; [`Error::Unreachable`]; [`Error::Fatal`] when the disk refuses.
 pub(super) async fn write(
     client: &Client,
     snapshot: Option<&str>,
-    header: &BaseHeader,
+    mut header: BaseHeader,
     lookups: &[Lookup],
     dir: &Path,
 ) -> Result<u64> {
@@ -99,7 +101,11 @@ pub(super) async fn write(
     let import = snapshot.map(|s| format!("SET TRANSACTION SNAPSHOT {};", literal(s))).unwrap_or_default();
     let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {import}");
     client.batch_execute(&begin).await.map_err(failed)?;
-    let mut out = BaseWriter::create(dir, header)?;
+    if snapshot.is_none() {
+        let now = client.query_one("SELECT pg_catalog.pg_current_snapshot()::text", &[]).await.map_err(failed)?;
+        header.adopted_snapshot = Some(now.get(0));
+    }
+    let mut out = BaseWriter::create(dir, &header)?;
     let mut count = 0;
     for (number, lookup) in lookups.iter().enumerate() {
         let none: [&str; 0] = [];

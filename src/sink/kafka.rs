@@ -22,7 +22,7 @@ use crate::event::{Event, Layout};
 use crate::kafka;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
 use commit::{Committer, Piece, Record, producer};
-use position::{read_position, require};
+use position::{read_position, require, require_table};
 
 /// What is buffered is handed to the producing thread in pieces of about this size.
 const PIECE: usize = 256 << 10;
@@ -90,7 +90,8 @@ impl Sink for KafkaSink {
         if !self.known.contains(&topic) {
             let config = Arc::clone(&self.config);
             let topics = tokio::task::spawn_blocking(move || kafka::topics(&config.kafka, kafka::TIMEOUT)).await;
-            require(&topics.map_err(|e| Error::fatal("looking up a topic", e))??, &topic)?;
+            let topics = topics.map_err(|e| Error::fatal("looking up a topic", e))??;
+            require_table(&topics, &topic, layout, &self.config.kafka)?;
             self.known.insert(topic.clone());
         }
         let index = layout.generation as usize;

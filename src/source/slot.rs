@@ -19,6 +19,10 @@ pub struct SlotState {
     pub confirmed_flush_lsn: Lsn,
     /// `reserved`, `extended`, `unreserved` or `lost`.
     pub wal_status: Option<String>,
+    /// Why it is lost, from Postgres 17 on: `wal_removed`, `rows_removed`, `wal_level_insufficient`, `idle_timeout`.
+    pub invalidation: Option<String>,
+    /// Postgres copies it to its standbys (17 and later).
+    pub failover: bool,
 }
 
 /// Reads the slot; `None` when there is none of that name.
@@ -26,8 +30,11 @@ pub struct SlotState {
 /// # Errors
 /// [`Error::Unreachable`] when the connection is lost.
 pub async fn read(client: &Client, slot: &str) -> Result<Option<SlotState>> {
-    let sql = "SELECT plugin::text, database::text, active_pid, confirmed_flush_lsn::text, wal_status::text \
-               FROM pg_catalog.pg_replication_slots WHERE slot_name::text = $1 AND slot_type = 'logical'";
+    // The last two came with Postgres 17; to_jsonb gives NULL where there is no such column.
+    let sql = "SELECT plugin::text, database::text, active_pid, confirmed_flush_lsn::text, wal_status::text, \
+               pg_catalog.to_jsonb(s) ->> 'invalidation_reason', \
+               coalesce((pg_catalog.to_jsonb(s) ->> 'failover')::bool, false) \
+               FROM pg_catalog.pg_replication_slots s WHERE slot_name::text = $1 AND slot_type = 'logical'";
     let Some(row) = client.query_opt(sql, &[&slot]).await.map_err(lost)? else { return Ok(None) };
     Ok(Some(SlotState {
         plugin: row.get(0),
@@ -35,6 +42,8 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<SlotState>> {
         active_pid: row.get(2),
         confirmed_flush_lsn: parse_lsn(row.get::<_, Option<&str>>(3).unwrap_or("0/0"))?,
         wal_status: row.get(4),
+        invalidation: row.get(5),
+        failover: row.get(6),
     }))
 }
 
@@ -68,13 +77,23 @@ pub fn require(slot: &str, state: Option<SlotState>, database: &str) -> Result<S
     }
     if state.wal_status.as_deref() == Some("lost") {
         return Err(refuse(
-            format!(
-                "slot \"{slot}\" is lost: Postgres has removed WAL that was not acknowledged (max_slot_wal_keep_size)"
-            ),
+            format!("slot \"{slot}\" is lost: {}", why_lost(state.invalidation.as_deref())),
             "changes are missing for good; drop the slot, choose another pipeline name, falaj init, and backfill",
         ));
     }
     Ok(state)
+}
+
+fn why_lost(invalidation: Option<&str>) -> &str {
+    match invalidation {
+        None | Some("wal_removed") => "Postgres has removed WAL that was not acknowledged (max_slot_wal_keep_size)",
+        Some("rows_removed") => {
+            "the primary has removed catalogue rows that decoding needs (hot_standby_feedback was off)"
+        }
+        Some("wal_level_insufficient") => "wal_level was below logical for a while",
+        Some("idle_timeout") => "it was not read for idle_replication_slot_timeout",
+        Some(other) => other,
+    }
 }
 
 /// Refuses a sink's position that does not fit the slot: nothing may be skipped, and nothing invented.
@@ -174,19 +193,27 @@ pub async fn wire_form(client: &Client, publication: &str) -> Result<WireForm> {
     Ok(if known { WireForm::Binary } else { WireForm::Text })
 }
 
-/// Indexes of a relation's primary key columns. Under the default identity the stream says it; else the catalogue does.
+/// Indexes of a relation's primary key columns. Under the default identity the stream says it, as of the rows; else the
+/// catalogue says what it is now. Where that one has been changed since, so that the rows lack a column of it, they have the
+/// columns of the identity index, or no key: never a part of one.
 ///
 /// # Errors
 /// [`Error::Unreachable`] when the connection is lost.
 pub async fn primary_key(client: &Client, relation: &Relation) -> Result<Vec<usize>> {
+    let identity = || (0..relation.columns.len()).filter(|i| relation.columns[*i].identity).collect();
     if relation.replica_identity == b'd' {
-        return Ok((0..relation.columns.len()).filter(|i| relation.columns[*i].identity).collect());
+        return Ok(identity());
     }
     let sql = "SELECT a.attname::text FROM pg_catalog.pg_index i \
                JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[]) \
                WHERE i.indrelid = $1 AND i.indisprimary ORDER BY array_position(i.indkey::int2[], a.attnum)";
     let rows = client.query(sql, &[&relation.oid]).await.map_err(lost)?;
-    Ok(rows.iter().filter_map(|row| relation.index_of(row.get(0))).collect())
+    let now: Option<Vec<usize>> = rows.iter().map(|row| relation.index_of(row.get(0))).collect();
+    Ok(match now {
+        Some(key) => key,
+        None if relation.replica_identity == b'i' => identity(),
+        None => Vec::new(),
+    })
 }
 
 fn parse_lsn(text: &str) -> Result<Lsn> {
@@ -216,6 +243,8 @@ mod tests {
             active_pid: None,
             confirmed_flush_lsn: Lsn(100),
             wal_status: Some("reserved".into()),
+            invalidation: None,
+            failover: false,
         }
     }
 

@@ -214,6 +214,13 @@ impl Pipeline {
         until("it flows", async || end().await > before + 10).await;
     }
 
+    /// Writes the configuration file that falaj finds where it is started.
+    pub fn configure(&mut self, toml: &str) {
+        let path = self.dir.path().join("falaj.toml");
+        std::fs::write(&path, toml).unwrap();
+        self.config = Config::load(Some(&path), self.env.clone()).unwrap();
+    }
+
     pub fn archive(&self) -> PathBuf {
         self.config.archive.dir.clone()
     }

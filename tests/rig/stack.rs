@@ -1,7 +1,7 @@
 //! Servers of a test's own, so that it may stop and kill them.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Stopped and removed when dropped.
@@ -11,9 +11,18 @@ pub struct Stack {
 
 impl Stack {
     pub fn up(name: &str, servers: &[&str]) -> Self {
-        let stack = Self { dir: std::env::temp_dir().join(format!("falaj-{name}-{}", std::process::id())) };
+        let stack = Self::named(name);
         stack.call(&[&["up"], servers].concat());
         stack
+    }
+
+    /// Nothing is started yet.
+    pub fn named(name: &str) -> Self {
+        Self { dir: std::env::temp_dir().join(format!("falaj-{name}-{}", std::process::id())) }
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Runs a verb of `dev/stack`.
