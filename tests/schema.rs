@@ -93,7 +93,7 @@ async fn rows_are_decoded_by_the_schema_that_they_were_written_under_live_and_af
     // One batch, a file for each schema in it.
     let names: Vec<String> = archive::files(&p.archive()).into_keys().collect();
     let parts: Vec<_> = names.iter().map(|n| n.split_once('/').unwrap().1).collect();
-    assert_eq!(parts.len(), 10, "{parts:?}");
+    assert_eq!(parts.len(), 9, "{parts:?}");
 }
 
 /// How many events a line of [`HISTORY`] makes.

@@ -166,7 +166,7 @@ impl Chain<'_> {
             "createDisposition": "CREATE_NEVER",
             "writeDisposition": "WRITE_APPEND",
             "schema": { "fields": fields },
-            "schemaUpdateOptions": ["ALLOW_FIELD_ADDITION", "ALLOW_FIELD_RELAXATION"],
+            "schemaUpdateOptions": ["ALLOW_FIELD_ADDITION"],
         });
         if !columns::all_plain(fields) {
             config["columnNameCharacterMap"] = "V2".into();

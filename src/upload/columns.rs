@@ -91,9 +91,8 @@ pub struct Clash {
     pub fix: String,
 }
 
-/// The columns of a job: the file's, as the table knows them, then those that only the table has. A column that the table
-/// requires is relaxed: the stream may bring NULL for it, or not know it any more. `clustered` are the columns by which the
-/// table (`project.dataset.table`) is clustered.
+/// The columns of a job: the file's, as the table knows them, then those that only the table has. `clustered` are the columns
+/// by which the table (`project.dataset.table`) is clustered.
 ///
 /// # Errors
 /// A column whose type in the table is another one.
@@ -103,7 +102,7 @@ pub fn unite(
     table: &str,
     clustered: &[String],
 ) -> Result<Vec<TableFieldSchema>, Clash> {
-    let mut rest: Vec<_> = known.into_iter().map(relaxed).collect();
+    let mut rest = known;
     let mut all = Vec::new();
     for field in file {
         let Some(at) = rest.iter().position(|f| f.name.to_lowercase() == field.name.to_lowercase()) else {
@@ -120,11 +119,15 @@ pub fn unite(
     Ok(all)
 }
 
-fn relaxed(field: TableFieldSchema) -> TableFieldSchema {
-    match field.mode.as_deref() {
-        Some("REQUIRED") => TableFieldSchema { mode: Some("NULLABLE".into()), ..field },
-        _ => field,
-    }
+/// Names of the columns that a table requires and that the stream may bring as NULL, or does not know any more.
+pub fn too_strict(schema: &Schema, known: &[TableFieldSchema]) -> Vec<String> {
+    let held = |name: &str| {
+        let names = column_names(schema).unwrap_or_default();
+        let at = names.iter().position(|n| n.to_lowercase() == name.to_lowercase());
+        at.is_some_and(|at| !schema.field(at).is_nullable())
+    };
+    let required = known.iter().filter(|f| f.mode.as_deref() == Some("REQUIRED"));
+    required.filter(|f| !held(&f.name)).map(|f| f.name.clone()).collect()
 }
 
 /// A type is widened in place where BigQuery can do that; else what has been loaded keeps its type under another name, and
@@ -395,9 +398,14 @@ mod tests {
         }
         let clash = unite(plain("n", String), vec![plain("N", Int64)]).unwrap_err();
         assert_eq!(clash.found, "column \"N\" is STRING now, and INT64 in the table");
-        let json = |fields: Result<Vec<_>, Clash>| serde_json::to_value(fields.unwrap()).unwrap();
-        let known = vec![field("gone", Date, "REQUIRED"), field("n", Int64, "REQUIRED")];
-        assert_eq!(json(unite(plain("n", Integer), known)), json(Ok(vec![plain("n", Int64), plain("gone", Date)])));
+        let file = Schema::new(vec![Field::new("n", DataType::Int64, true), Field::new("_id", DataType::Utf8, false)]);
+        let known = [
+            field("_id", String, "REQUIRED"),
+            field("N", Int64, "REQUIRED"),
+            field("gone", Date, "REQUIRED"),
+            plain("m", Date),
+        ];
+        assert_eq!(too_strict(&file, &known), ["N", "gone"]);
     }
 
     #[test]

@@ -187,8 +187,24 @@ impl TableLoad<'_> {
         let BigQuery { project, dataset, .. } = self.service;
         let name = format!("{project}.{dataset}.{}", chain.table_id);
         let clustered = found.clustering.and_then(|c| c.fields).unwrap_or_default();
-        let united = columns::unite(wanted, found.schema.fields.unwrap_or_default(), &name, &clustered);
+        let known = self.relax(&name, source, found.schema.fields.unwrap_or_default()).await?;
+        let united = columns::unite(wanted, known, &name, &clustered);
         united.map_err(|clash| refused(clash.found, clash.fix))
+    }
+
+    /// Lets the table (`project.dataset.table`) hold NULL where the stream may bring it.
+    async fn relax(
+        &self,
+        table: &str,
+        source: &Source,
+        mut known: Vec<TableFieldSchema>,
+    ) -> Result<Vec<TableFieldSchema>> {
+        for name in columns::too_strict(source.schema(), &known) {
+            self.world.for_ever(CHECK, || self.service.drop_not_null(table, &name)).await?;
+            info!(table, column = name, "no longer required: the stream may bring NULL");
+            known.iter_mut().filter(|f| f.name == name).for_each(|f| f.mode = Some("NULLABLE".into()));
+        }
+        Ok(known)
     }
 
     fn new_table(&self, chain: &Chain<'_>, source: &Source, fields: &[TableFieldSchema]) -> Table {

@@ -79,12 +79,12 @@ async fn a_lookup_column_that_has_gone_stops_the_stream_until_the_rows_are_adopt
     p.run("UPDATE content SET headline = 'five'").await;
     p.run(&event).await;
     p.produce().await;
-    // The third is of before the adoption, and so has the row of that moment.
+    // The rows under the new schema are followed again, from the first of them on.
     let rest = "length_seconds=100 engagement_seconds=1.000 engagement_pct=0.01";
     let expected = [
         format!(r#"id=1 title="one" headline=- {rest}"#),
         format!(r#"id=2 title="two" headline=- {rest}"#),
-        format!(r#"id=3 title=- headline="four" {rest}"#),
+        format!(r#"id=3 title=- headline="three" {rest}"#),
         format!(r#"id=4 title=- headline="five" {rest}"#),
     ];
     assert_eq!(shown(&p.values("engagement_events").await, &NAMES), expected);

@@ -80,6 +80,22 @@ async fn a_table_that_came_and_went_while_produce_was_down() {
     assert_eq!((p.rows("brief").len(), p.values("engagement_events").await.len()), (3, 1));
 }
 
+/// What an open transaction writes before the table is published is not streamed, what it writes after that is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_published_while_a_transaction_writes_to_it() {
+    let p = with_items("midway").await;
+    p.run("CREATE TABLE late (id int PRIMARY KEY)").await;
+    let other = crate::rig::connect(&p.config.postgres.url).await;
+    other.batch_execute("BEGIN; INSERT INTO late VALUES (1); INSERT INTO item VALUES (1, 'a', 1)").await.unwrap();
+    p.run("ALTER PUBLICATION falaj ADD TABLE late").await;
+    p.init().await;
+    other.batch_execute("INSERT INTO late VALUES (2); INSERT INTO item VALUES (2, 'b', 2); COMMIT").await.unwrap();
+    p.produce().await;
+    assert_eq!(shown(&p.values("late").await, &["_op", "id"]), [r#"_op="c" id=2"#]);
+    assert_eq!(shown(&p.rows("late"), &["_op", "id"]), [r#"_op="c" id=2"#]);
+    assert_eq!(shown(&p.values("item").await, &["id"]), ["id=1", "id=2"]);
+}
+
 /// Dropped and made anew, and two tables that change their names in one transaction.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_name_stands_for_the_table_that_has_it_at_that_moment() {
