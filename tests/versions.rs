@@ -1,11 +1,12 @@
 //! What not every major of Postgres can: failover slots, decoding on a standby. `make test-all-pg` runs all of them.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 
 use crate::produce::shown;
 use crate::rig::stack::Stack;
-use crate::rig::{Pipeline, Servers, until};
+use crate::rig::{Pipeline, Servers, connect, until};
 
 async fn major(p: &Pipeline) -> u32 {
     p.text("current_setting('server_version_num')::int / 10000").await.parse().unwrap()
@@ -48,11 +49,30 @@ async fn a_slot_that_is_there_is_not_made_a_failover_slot_by_the_way() {
     }
 }
 
+/// A primary with a database of the test's own, and what is to be its standby.
+async fn pair(name: &str) -> (Stack, Stack, Pipeline) {
+    let primary = Stack::up(&format!("{name}-primary"), &["postgres"]);
+    let p = Pipeline::bare(Servers::shared().with(primary.addresses()), name).await;
+    p.run(include_str!("../sql/01_tables.sql")).await;
+    p.run("SELECT pg_create_physical_replication_slot('standby', true)").await;
+    primary.call(&["stop", "postgres"]);
+    let standby = Stack::named(&format!("{name}-standby"));
+    make_standby(&primary, &standby, &p.config.postgres.url);
+    primary.call(&["up", "postgres"]);
+    standby.call(&["up", "postgres"]);
+    (primary, standby, p.reconnect().await)
+}
+
+/// The URL of the pipeline's database on the standby.
+fn on_standby(standby: &Stack, p: &Pipeline) -> String {
+    let url = standby.addresses()["FALAJ_POSTGRES__URL"].clone();
+    format!("{}/{}", url.rsplit_once('/').unwrap().0, p.name)
+}
+
 /// The data directory of a stopped server becomes that of its standby.
 fn make_standby(primary: &Stack, standby: &Stack, url: &str) {
     let (from, home) = (primary.dir().join("postgres"), standby.dir().join("postgres"));
     std::fs::create_dir_all(&home).unwrap();
-    std::fs::create_dir_all(standby.dir().join("run")).unwrap();
     let copied = std::process::Command::new("cp").arg("-a").arg(from.join("data")).arg(&home).status().unwrap();
     assert!(copied.success());
     for dir in [standby.dir(), &home] {
@@ -60,11 +80,12 @@ fn make_standby(primary: &Stack, standby: &Stack, url: &str) {
     }
     let data = home.join("data");
     let port = url.rsplit_once(':').and_then(|(_, rest)| rest.split_once('/')).unwrap().0;
-    let conninfo = format!("primary_conninfo = 'host=127.0.0.1 port={port} user=postgres'\n");
-    let settings = data.join("postgresql.auto.conf");
-    let text = std::fs::read_to_string(&settings).unwrap();
-    std::fs::write(&settings, format!("{text}{conninfo}primary_slot_name = 'standby'\nhot_standby_feedback = on\n"))
-        .unwrap();
+    let major: u32 = std::fs::read_to_string(data.join("PG_VERSION")).unwrap().trim().parse().unwrap();
+    let mut settings = std::fs::read_to_string(data.join("postgresql.auto.conf")).unwrap();
+    settings += &format!("primary_conninfo = 'host=127.0.0.1 port={port} user=postgres dbname=postgres'\n");
+    settings += "primary_slot_name = 'standby'\nhot_standby_feedback = on\n";
+    settings += if major >= 17 { "sync_replication_slots = on\n" } else { "" };
+    std::fs::write(data.join("postgresql.auto.conf"), settings).unwrap();
     std::fs::write(data.join("standby.signal"), "").unwrap();
     own(&data, &data.join("standby.signal"));
 }
@@ -77,20 +98,9 @@ fn own(like: &Path, file: &Path) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standby_is_streamed_from_where_postgres_can_and_refused_where_not() {
-    let primary = Stack::up("primary", &["postgres"]);
-    let mut p = Pipeline::bare(Servers::shared().with(primary.addresses()), "standby").await;
-    p.run(include_str!("../sql/01_tables.sql")).await;
-    p.run("SELECT pg_create_physical_replication_slot('standby', true)").await;
-    let url = p.config.postgres.url.clone();
-    primary.call(&["stop", "postgres"]);
-    let standby = Stack::named("standby");
-    make_standby(&primary, &standby, &url);
-    primary.call(&["up", "postgres"]);
-    standby.call(&["up", "postgres"]);
-    p = p.reconnect().await;
-    let of_standby = standby.addresses()["FALAJ_POSTGRES__URL"].clone();
-    let of_standby = format!("{}/{}", of_standby.rsplit_once('/').unwrap().0, p.name);
-    let replica = crate::rig::connect(&of_standby).await;
+    let (_primary, standby, mut p) = pair("standby").await;
+    let of_standby = on_standby(&standby, &p);
+    let replica = connect(&of_standby).await;
     p.set("FALAJ_POSTGRES__URL", &of_standby);
 
     if major(&p).await < 16 {
@@ -102,7 +112,6 @@ async fn a_standby_is_streamed_from_where_postgres_can_and_refused_where_not() {
         }
         let checked = p.start(&["check"]).end().await;
         assert!(checked.out.contains("FAIL  server_role"), "{}", checked.out);
-        p.set("FALAJ_POSTGRES__URL", &url);
         return;
     }
     let ended = p.start(&["init", "--yes"]).end().await;
@@ -133,6 +142,71 @@ async fn a_standby_is_streamed_from_where_postgres_can_and_refused_where_not() {
     assert_eq!(shown(&p.rows("engagement_events"), &["id", "title"]), expected);
     let checked = p.start(&["check"]).end().await;
     assert!(checked.out.contains("standby, with hot_standby_feedback"), "{}", checked.out);
-    p.set("FALAJ_POSTGRES__URL", &url);
-    drop(standby);
+    let ended = p.start(&["init", "--yes", "--failover"]).end().await;
+    assert!(ended.code == Some(78) && ended.log.contains("name the primary in postgres.url"), "{}", ended.log);
+}
+
+/// The primary is lost, its standby takes over with the slot: a new pipeline on that slot begins where it stands, without a gap.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_failover_a_new_pipeline_on_the_failover_slot_leaves_no_gap() {
+    let shared = connect(&Servers::shared().postgres("postgres")).await;
+    let version = shared.query_one("SELECT current_setting('server_version_num')::int / 10000", &[]).await.unwrap();
+    if version.get::<_, i32>(0) < 17 {
+        return;
+    }
+    let (primary, standby, mut p) = pair("takeover").await;
+    p.run("ALTER SYSTEM SET synchronized_standby_slots = 'standby'").await;
+    p.run("SELECT pg_reload_conf()").await;
+    p.start(&["init", "--yes", "--with-tables", "--failover"]).ends_well().await;
+    // The slot is copied once what is acknowledged has moved.
+    p.set("FALAJ_ARCHIVE__SEAL_AFTER", "200ms");
+    let replica = connect(&on_standby(&standby, &p)).await;
+    let one = async |sql: &str| replica.query_one(sql, &[]).await.unwrap().get::<_, bool>(0);
+    let produce = p.start(&["produce"]);
+    let event = "INSERT INTO engagement_events (event_ts) VALUES (now())";
+    let copied = format!(
+        "SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = '{}' AND synced AND NOT temporary)",
+        p.name
+    );
+    let mut written = 0;
+    until("the standby has the slot", async || {
+        p.run(event).await;
+        p.run("SELECT pg_log_standby_snapshot()").await;
+        written += 1;
+        one(&copied).await
+    })
+    .await;
+    until("all is streamed", async || p.values("engagement_events").await.len() == written).await;
+    produce.kill();
+    let old = p.values("engagement_events").await;
+    for _ in 0..5 {
+        p.run(event).await;
+        written += 1;
+    }
+    let end = p.lsn().await;
+    until("the standby has it all", async || one(&format!("SELECT pg_last_wal_replay_lsn() >= '{end}'")).await).await;
+    primary.call(&["stop-immediate", "postgres"]);
+    assert!(one("SELECT pg_promote()").await);
+
+    p.set("FALAJ_POSTGRES__URL", &on_standby(&standby, &p));
+    let ended = p.start(&["produce"]).end().await;
+    assert!(ended.code == Some(78) && ended.log.contains("timeline 2"), "{}", ended.log);
+    p.set("FALAJ_PIPELINE", &format!("{}_2", p.name));
+    for (key, part) in [("FALAJ_STATE__DIR", "state2"), ("FALAJ_ARCHIVE__DIR", "archive2")] {
+        let dir = p.archive().with_file_name(part).display().to_string();
+        p.set(key, &dir);
+    }
+    p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
+    p = p.reconnect().await;
+    p.run(event).await;
+    written += 1;
+    p.produce().await;
+    let new = p.values("engagement_events").await;
+    assert!(new.len() >= 6, "{new:?}");
+    assert_eq!(p.rows("engagement_events").len(), new.len());
+    let all: BTreeSet<String> = [old, new].concat().into_iter().collect();
+    let ids: Vec<String> = shown(&all.into_iter().collect::<Vec<_>>(), &["id"]);
+    let ids: BTreeSet<u64> = ids.iter().map(|id| id.trim_start_matches("id=").parse().unwrap()).collect();
+    assert_eq!(ids.len(), written);
+    assert_eq!(p.text("SELECT count(*) FROM engagement_events").await, written.to_string());
 }

@@ -209,7 +209,7 @@ impl Enricher {
         let seen = self.adoption.as_ref().zip(xid).is_some_and(|(adoption, xid)| adoption.saw(xid));
         let cache = &mut self.caches[table];
         let under = cache.under(relation);
-        cache.follows = !(seen && !matches!(under, Ok(None)));
+        cache.follows = !seen || matches!(under, Ok(None));
         if !cache.follows {
             return Ok(false);
         }

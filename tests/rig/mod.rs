@@ -48,7 +48,8 @@ impl Servers {
         self
     }
 
-    fn postgres(&self, database: &str) -> String {
+    /// The URL of a database.
+    pub fn postgres(&self, database: &str) -> String {
         let url = &self.0[POSTGRES];
         format!("{}/{database}", url.rsplit_once('/').expect("a URL with a database").0)
     }
