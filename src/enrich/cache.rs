@@ -74,12 +74,12 @@ impl Cache {
         Ok((fresh != self.table).then_some(fresh))
     }
 
-    fn refused(&self, found: &str) -> Error {
+    pub(super) fn refused(&self, found: &str) -> Error {
         Error::refused(
             "lookup_columns",
             format!("lookup table {} {found}", self.table.table),
             "the key and the joined columns as the lookup state has them",
-            "mend [table.lookup] where a column has gone, then falaj init --adopt-slot: it reads the lookup rows of now (older \
+            "mend [table.lookup] where a name has changed, then falaj init --adopt-slot: it reads the lookup rows of now (older \
              events are then enriched with these), and falaj produce goes on from there",
         )
     }

@@ -103,10 +103,9 @@ impl Enricher {
                 return Err(refused(dir, format!("no column \"{column}\" of lookup table \"{table}\"")));
             }
         }
-        let adoption = header
-            .adopted_snapshot
-            .as_deref()
-            .map(|text| Adoption::parse(text).ok_or_else(|| refused(dir, format!("adopted_snapshot is {text:?}"))));
+        let adoption = header.adopted_snapshot.as_ref().map(|snapshot| {
+            Adoption::parse(snapshot).ok_or_else(|| refused(dir, format!("adopted_snapshot is {snapshot:?}")))
+        });
         let (adoption, origin) = (adoption.transpose()?, header.origin);
         let loaded = Self { caches, log, from: upto.resume, origin, adoption, hits: 0, misses: 0 };
         if loaded.log.bytes()? > COMPACT_AT { loaded.compact(dir, header, upto.resume) } else { Ok(loaded) }
@@ -206,7 +205,7 @@ impl Enricher {
         if next.commit_lsn < self.from {
             return Ok(false);
         }
-        let seen = self.adoption.as_ref().zip(xid).is_some_and(|(adoption, xid)| adoption.saw(xid));
+        let seen = self.adopted(next, xid);
         let cache = &mut self.caches[table];
         let under = cache.under(relation);
         cache.follows = !seen || matches!(under, Ok(None));
@@ -216,6 +215,23 @@ impl Enricher {
         let Some(fresh) = under? else { return Ok(false) };
         self.record(table, next, LookupChange::Relation(fresh))?;
         Ok(true)
+    }
+
+    /// The schema of a table that is no lookup table by its name.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when it was one until now: its rows would no longer be followed.
+    pub fn require_no_lookup(&self, relation: &Relation, next: Position, xid: Option<u32>) -> Result<()> {
+        let renamed = self.caches.iter().find(|c| c.table.oid == Some(relation.oid));
+        match renamed.filter(|_| next.commit_lsn >= self.from && !self.adopted(next, xid)) {
+            Some(cache) => Err(cache.refused(&format!("is called {} now", relation.table()))),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the adopted rows are already as of a transaction.
+    fn adopted(&self, at: Position, xid: Option<u32>) -> bool {
+        self.adoption.as_ref().zip(xid).is_some_and(|(adoption, xid)| adoption.saw(at.commit_lsn, xid))
     }
 
     /// Folds a change of a lookup table into the cache and the log. What the loaded state already holds is left out.

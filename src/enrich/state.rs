@@ -32,11 +32,20 @@ pub struct BaseHeader {
     pub origin: Lsn,
     /// Made by `--adopt-slot`: rows are those of that moment, although `lsn` may lie before it.
     pub adopted: bool,
-    /// `pg_current_snapshot()` of an adoption: which transactions its rows are already as of.
+    /// Which transactions the rows of an adoption are already as of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub adopted_snapshot: Option<String>,
+    pub adopted_snapshot: Option<Snapshot>,
     /// The lookup tables.
     pub tables: Vec<LookupTable>,
+}
+
+/// A snapshot of the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// `pg_current_snapshot()`.
+    pub xids: String,
+    /// End of the WAL right after it was taken: whatever it sees has committed before.
+    pub lsn: Lsn,
 }
 
 /// A lookup table: its key and the columns that are joined.

@@ -6,7 +6,7 @@ use futures_util::TryStreamExt;
 use tokio_postgres::Client;
 
 use crate::config;
-use crate::enrich::state::{BaseHeader, BaseWriter, ColumnType, LookupTable};
+use crate::enrich::state::{BaseHeader, BaseWriter, ColumnType, LookupTable, Snapshot};
 use crate::enrich::wanted;
 use crate::error::{Error, Result};
 use crate::schema::Column;
@@ -102,8 +102,7 @@ pub(super) async fn write(
     let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {import}");
     client.batch_execute(&begin).await.map_err(failed)?;
     if snapshot.is_none() {
-        let now = client.query_one("SELECT pg_catalog.pg_current_snapshot()::text", &[]).await.map_err(failed)?;
-        header.adopted_snapshot = Some(now.get(0));
+        header.adopted_snapshot = Some(now(client).await?);
     }
     let mut out = BaseWriter::create(dir, &header)?;
     let mut count = 0;
@@ -120,6 +119,15 @@ pub(super) async fn write(
     client.batch_execute("COMMIT").await.map_err(failed)?;
     out.finish()?;
     Ok(count)
+}
+
+/// The snapshot of the open transaction.
+async fn now(client: &Client) -> Result<Snapshot> {
+    let sql = "SELECT pg_catalog.pg_current_snapshot()::text, (CASE WHEN pg_catalog.pg_is_in_recovery() \
+               THEN pg_catalog.pg_last_wal_replay_lsn() ELSE pg_catalog.pg_current_wal_insert_lsn() END)::text";
+    let row = client.query_one(sql, &[]).await.map_err(|e| sql_error("reading the lookup rows", &e))?;
+    let lsn = row.get::<_, &str>(1).parse().map_err(|e| Error::fatal("reading an LSN from Postgres", e))?;
+    Ok(Snapshot { xids: row.get(0), lsn })
 }
 
 fn select(lookup: &Lookup) -> String {

@@ -206,10 +206,7 @@ impl Walk {
     async fn relation(&mut self, relation: Relation, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
         let primary_key = slot::primary_key(&self.client, &relation).await?;
         let lookup = self.enricher.lookup(&relation.table());
-        let changed = match lookup {
-            Some(lookup) => self.lookup(lookup, &relation)?,
-            None => false,
-        };
+        let changed = self.follow(lookup, &relation)?;
         let oid = relation.oid;
         let same = |known: &Known| known.relation == relation && known.primary_key == primary_key;
         if !self.layouts.get(&oid).is_some_and(same) {
@@ -220,10 +217,14 @@ impl Walk {
         if changed { self.plan_again(oid, sinks).await } else { Ok(()) }
     }
 
-    /// The schema of a lookup table, before its next row; says whether the events that it enriches have to be planned anew.
-    fn lookup(&mut self, lookup: usize, relation: &Relation) -> Result<bool> {
+    /// Tells the lookup cache of a schema; says whether the events that a lookup table enriches have to be planned anew.
+    fn follow(&mut self, lookup: Option<usize>, relation: &Relation) -> Result<bool> {
         let next = self.assembler.next().unwrap_or(Position { commit_lsn: self.resume, ordinal: 0 });
-        self.enricher.relation(lookup, relation, next, self.assembler.xid())
+        let xid = self.assembler.xid();
+        match lookup {
+            Some(lookup) => self.enricher.relation(lookup, relation, next, xid),
+            None => self.enricher.require_no_lookup(relation, next, xid).map(|()| false),
+        }
     }
 
     async fn plan(

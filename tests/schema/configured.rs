@@ -169,3 +169,24 @@ async fn a_lookup_table_that_is_made_anew_stops_the_stream_until_its_rows_are_ad
     assert_eq!(shown(&p.values("engagement_events").await, &NAMES), expected);
     assert_eq!(shown(&p.rows("engagement_events"), &NAMES), expected);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lookup_table_that_is_renamed_stops_the_stream_until_it_is_named_and_adopted() {
+    let mut p = with_content("lookupname").await;
+    let event = event("content_id", 1000);
+    p.run(&event).await;
+    p.run("ALTER TABLE content RENAME TO works").await;
+    p.run("UPDATE works SET title = 'two'").await;
+    p.run(&event).await;
+    is_refused(&p, &["kafka_topics", &p.config.topic("works")]).await;
+    falaj::kafka::create_topic(&p.config.kafka, &p.config.topic("works"), 1, &[]).await.unwrap();
+    is_refused(&p, &["lookup_columns", "lookup table content is called works now", "falaj init --adopt-slot"]).await;
+    let columns = r#""title", "content_type", "length_seconds""#;
+    p.configure(&table("content_id", columns).replace("\"content\"", "\"works\""));
+    p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
+    p.produce().await;
+    let rest = "headline=- length_seconds=100 engagement_seconds=1.000 engagement_pct=0.01";
+    let expected = [format!(r#"id=1 title="one" {rest}"#), format!(r#"id=2 title="two" {rest}"#)];
+    assert_eq!(shown(&p.values("engagement_events").await, &NAMES), expected);
+    assert_eq!(shown(&p.rows("engagement_events"), &NAMES), expected);
+}
