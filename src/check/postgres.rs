@@ -88,6 +88,9 @@ impl Postgres {
         self.push("configured_tables", "each [[table]] published", configured(config, &tables));
         self.push("table_rights", "SELECT on every published table", readable(&tables));
         self.push("columns", "the configured columns, no name twice", columns(config, &tables));
+        if let Ok(Some(base)) = state::header(&config.state.dir) {
+            self.push("lookup_tables", "what the lookup state was made of", lookup_tables(&base, &tables));
+        }
         self.push("replica_identity", "a primary key, or another identity", identities(&tables));
     }
 
@@ -317,6 +320,14 @@ fn columns(config: &Config, tables: &[Table]) -> Result<String> {
         count += enrich::layout(&lookups, 0, relation, Vec::new(), settings)?.columns.len();
     }
     Ok(format!("{count} columns in {} tables, {} of them looked up", tables.len(), lookups.len()))
+}
+
+/// What the stream will come to.
+fn lookup_tables(base: &BaseHeader, published: &[Table]) -> Result<String> {
+    let relations: Vec<_> = published.iter().map(|t| &t.relation).collect();
+    enrich::require_same(base, &relations)?;
+    let names: Vec<_> = base.tables.iter().map(|t| t.table.as_str()).collect();
+    Ok(if names.is_empty() { "none".to_owned() } else { names.join(", ") })
 }
 
 fn identities(tables: &[Table]) -> Result<Found> {

@@ -74,7 +74,12 @@ impl Cache {
         Ok((fresh != self.table).then_some(fresh))
     }
 
-    pub(super) fn refused(&self, found: &str) -> Error {
+    /// The table has another name now.
+    pub(super) fn renamed(&self, relation: &Relation) -> Error {
+        self.refused(&format!("is called {} now", relation.table()))
+    }
+
+    fn refused(&self, found: &str) -> Error {
         Error::refused(
             "lookup_columns",
             format!("lookup table {} {found}", self.table.table),

@@ -58,6 +58,23 @@ pub fn wanted(tables: &[config::Table]) -> Vec<(String, Vec<String>)> {
     wanted
 }
 
+/// Whether the lookup tables of a state are, in the catalogue, still what they were when it was made.
+///
+/// # Errors
+/// The refusal with which the stream would stop at the table's next row.
+pub fn require_same(header: &BaseHeader, published: &[&Relation]) -> Result<()> {
+    for cache in Cache::all(header) {
+        let named = published.iter().find(|r| r.table() == cache.table.table);
+        let renamed = published.iter().find(|r| Some(r.oid) == cache.table.oid);
+        match (named, renamed) {
+            (Some(relation), _) => drop(cache.under(relation)?),
+            (None, Some(relation)) => return Err(cache.renamed(relation)),
+            (None, None) => {}
+        }
+    }
+    Ok(())
+}
+
 /// The cached lookup tables and the log that makes them last.
 pub struct Enricher {
     caches: Vec<Cache>,
@@ -224,7 +241,7 @@ impl Enricher {
     pub fn require_no_lookup(&self, relation: &Relation, next: Position, xid: Option<u32>) -> Result<()> {
         let renamed = self.caches.iter().find(|c| c.table.oid == Some(relation.oid));
         match renamed.filter(|_| next.commit_lsn >= self.from && !self.adopted(next, xid)) {
-            Some(cache) => Err(cache.refused(&format!("is called {} now", relation.table()))),
+            Some(cache) => Err(cache.renamed(relation)),
             None => Ok(()),
         }
     }

@@ -100,6 +100,28 @@ async fn a_type_that_grows_is_widened_in_bigquery_by_the_sql_that_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_latest_view_follows_a_changed_primary_key() {
+    let p = with_items("bqkey").await;
+    p.run("INSERT INTO item VALUES (1, 'one', 1), (2, 'two', 2)").await;
+    loads(&p).await;
+    p.run("ALTER TABLE item ADD uid text; UPDATE item SET uid = 'u' || id").await;
+    p.run("ALTER TABLE item DROP CONSTRAINT item_pkey, ADD PRIMARY KEY (uid), DROP id").await;
+    p.run("UPDATE item SET n = 10 WHERE uid = 'u1'; INSERT INTO item VALUES ('three', 3, 'u3')").await;
+    loads(&p).await;
+    let latest = rows(&p, "uid, a, CAST(n AS STRING)", "item_latest").await;
+    assert_eq!(latest, ["u2|two|2", "u1|one|10", "u3|three|3"]);
+    p.run(
+        "ALTER TABLE item DROP CONSTRAINT item_pkey, ADD PRIMARY KEY (uid, n); UPDATE item SET n = 4 WHERE uid = 'u3'",
+    )
+    .await;
+    p.run("DELETE FROM item WHERE uid = 'u2'").await;
+    loads(&p).await;
+    let latest = rows(&p, "uid, a, CAST(n AS STRING)", "item_latest").await;
+    // Under the new key what u1 was before its last update is another row, which nobody has deleted.
+    assert_eq!(latest, ["u1|one|1", "u1|one|10", "u3|three|4"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_column_that_a_table_requires_is_relaxed() {
     let p = with_items("bqrelax").await;
     p.run("INSERT INTO item VALUES (1, 'one', 1)").await;

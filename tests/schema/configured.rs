@@ -2,6 +2,7 @@
 
 use crate::produce::shown;
 use crate::rig::Pipeline;
+use crate::rig::process::Ended;
 
 const CONTENT: &str = "00000000-0000-0000-0000-00000000000a";
 const NAMES: [&str; 6] = ["id", "title", "headline", "length_seconds", "engagement_seconds", "engagement_pct"];
@@ -26,11 +27,24 @@ async fn with_content(name: &str) -> Pipeline {
     p
 }
 
-async fn is_refused(p: &Pipeline, words: &[&str]) {
+async fn is_refused(p: &Pipeline, words: &[&str]) -> Ended {
     let ended = p.start(&["produce"]).end().await;
     for word in [words, &["found:", "needed:", "fix:"]].concat() {
         assert!(ended.code == Some(78) && ended.log.contains(word), "{word}: {}", ended.log);
     }
+    ended
+}
+
+/// The same, and `check` says it in the same words.
+async fn is_refused_and_checked(p: &Pipeline, words: &[&str]) {
+    let ended = is_refused(p, words).await;
+    let checked = p.start(&["check", "--json"]).end().await;
+    let findings: Vec<serde_json::Value> = serde_json::from_str(&checked.out).unwrap();
+    let same = |f: &serde_json::Value| {
+        let parts = ["check", "found", "needed", "fix"];
+        f["ok"] == false && parts.iter().all(|part| ended.log.contains(f[*part].as_str().unwrap()))
+    };
+    assert!(checked.code == Some(78) && findings.iter().any(same), "{}: {}", ended.log, checked.out);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -42,7 +56,7 @@ async fn a_key_column_that_has_gone_stops_the_stream_and_a_mended_configuration_
         "BEGIN; {old}; ALTER TABLE engagement_events RENAME content_id TO cid; {new}; UPDATE content SET title = 'two'; {new}; COMMIT"
     ))
     .await;
-    is_refused(&p, &["table_columns", "engagement_events", "content_id", "[[table]]"]).await;
+    is_refused_and_checked(&p, &["table_columns", "engagement_events", "content_id", "[[table]]"]).await;
     let before = [
         r#"id=1 title="one" headline=- length_seconds=100 engagement_seconds=1.000 engagement_pct=0.01"#,
         r#"id=2 title="one" headline=- length_seconds=100 engagement_seconds=1.000 engagement_pct=0.01"#,
@@ -72,7 +86,7 @@ async fn a_lookup_column_that_has_gone_stops_the_stream_until_the_rows_are_adopt
     ))
     .await;
     p.run("UPDATE content SET headline = 'four'").await;
-    is_refused(&p, &["lookup_columns", "content", "\"title\"", "falaj init --adopt-slot"]).await;
+    is_refused_and_checked(&p, &["lookup_columns", "content", "\"title\"", "falaj init --adopt-slot"]).await;
     p.configure(&table("content_id", r#""headline", "content_type", "length_seconds""#));
     is_refused(&p, &["lookup_state", "\"headline\"", "falaj init --adopt-slot"]).await;
     p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
@@ -137,7 +151,7 @@ async fn a_lookup_column_of_a_wider_type_goes_on_and_one_that_was_rewritten_stop
     p.run("ALTER TABLE content ALTER length_seconds TYPE numeric(9,1)").await;
     p.run("UPDATE content SET slug = 'u'").await;
     p.run(&event).await;
-    is_refused(&p, &["lookup_columns", "\"length_seconds\"", "falaj init --adopt-slot"]).await;
+    is_refused_and_checked(&p, &["lookup_columns", "\"length_seconds\"", "falaj init --adopt-slot"]).await;
     assert_eq!(p.values("engagement_events").await.len(), 5);
     p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
     p.produce().await;
@@ -159,7 +173,7 @@ async fn a_lookup_table_that_is_made_anew_stops_the_stream_until_its_rows_are_ad
     .await;
     p.run("UPDATE content SET slug = 'z'").await;
     p.run(&event).await;
-    is_refused(&p, &["lookup_columns", "another table", "falaj init --adopt-slot"]).await;
+    is_refused_and_checked(&p, &["lookup_columns", "another table", "falaj init --adopt-slot"]).await;
     p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
     p.produce().await;
     let expected = [
@@ -180,7 +194,11 @@ async fn a_lookup_table_that_is_renamed_stops_the_stream_until_it_is_named_and_a
     p.run(&event).await;
     is_refused(&p, &["kafka_topics", &p.config.topic("works")]).await;
     falaj::kafka::create_topic(&p.config.kafka, &p.config.topic("works"), 1, &[]).await.unwrap();
-    is_refused(&p, &["lookup_columns", "lookup table content is called works now", "falaj init --adopt-slot"]).await;
+    is_refused_and_checked(
+        &p,
+        &["lookup_columns", "lookup table content is called works now", "falaj init --adopt-slot"],
+    )
+    .await;
     let columns = r#""title", "content_type", "length_seconds""#;
     p.configure(&table("content_id", columns).replace("\"content\"", "\"works\""));
     p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
