@@ -88,8 +88,8 @@ impl Postgres {
         self.push("configured_tables", "each [[table]] published", configured(config, &tables));
         self.push("table_rights", "SELECT on every published table", readable(&tables));
         self.push("columns", "the configured columns, no name twice", columns(config, &tables));
-        if let Ok(Some(base)) = state::header(&config.state.dir) {
-            self.push("lookup_tables", "what the lookup state was made of", lookup_tables(&base, &tables));
+        if let Ok(Some(known)) = state::tables(&config.state.dir) {
+            self.push("lookup_tables", "as the lookup state knows them", lookup_tables(&known, &tables));
         }
         self.push("replica_identity", "a primary key, or another identity", identities(&tables));
     }
@@ -323,10 +323,10 @@ fn columns(config: &Config, tables: &[Table]) -> Result<String> {
 }
 
 /// What the stream will come to.
-fn lookup_tables(base: &BaseHeader, published: &[Table]) -> Result<String> {
+fn lookup_tables(known: &[LookupTable], published: &[Table]) -> Result<String> {
     let relations: Vec<_> = published.iter().map(|t| &t.relation).collect();
-    enrich::require_same(base, &relations)?;
-    let names: Vec<_> = base.tables.iter().map(|t| t.table.as_str()).collect();
+    enrich::require_same(known, &relations)?;
+    let names: Vec<_> = known.iter().map(|t| t.table.as_str()).collect();
     Ok(if names.is_empty() { "none".to_owned() } else { names.join(", ") })
 }
 

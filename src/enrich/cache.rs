@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::state::{BaseHeader, ColumnType, LookupChange, LookupTable};
+use super::state::{ColumnType, LookupChange, LookupTable};
 use crate::change::RowChange;
 use crate::error::{Error, Result};
 use crate::pgoutput::{Cell, Tuple};
@@ -22,8 +22,8 @@ pub(super) struct Cache {
 
 impl Cache {
     /// One empty cache for each table of a state.
-    pub(super) fn all(header: &BaseHeader) -> Vec<Self> {
-        header.tables.iter().map(|table| Self { table: table.clone(), rows: HashMap::new(), follows: true }).collect()
+    pub(super) fn all(tables: &[LookupTable]) -> Vec<Self> {
+        tables.iter().map(|table| Self { table: table.clone(), rows: HashMap::new(), follows: true }).collect()
     }
 
     pub(super) fn apply(&mut self, change: LookupChange) {

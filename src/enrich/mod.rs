@@ -58,12 +58,12 @@ pub fn wanted(tables: &[config::Table]) -> Vec<(String, Vec<String>)> {
     wanted
 }
 
-/// Whether the lookup tables of a state are, in the catalogue, still what they were when it was made.
+/// Whether the lookup tables of a state are, in the catalogue, still what the stream has shown.
 ///
 /// # Errors
 /// The refusal with which the stream would stop at the table's next row.
-pub fn require_same(header: &BaseHeader, published: &[&Relation]) -> Result<()> {
-    for cache in Cache::all(header) {
+pub fn require_same(tables: &[LookupTable], published: &[&Relation]) -> Result<()> {
+    for cache in Cache::all(tables) {
         let named = published.iter().find(|r| r.table() == cache.table.table);
         let renamed = published.iter().find(|r| Some(r.oid) == cache.table.oid);
         match (named, renamed) {
@@ -98,7 +98,7 @@ impl Enricher {
         let mut caches: Vec<Cache> = Vec::new();
         let (header, log) = state::load(dir, upto, |header, table, change| {
             if caches.is_empty() {
-                caches = Cache::all(header);
+                caches = Cache::all(&header.tables);
             }
             match caches.get_mut(table) {
                 Some(cache) => cache.apply(change),
@@ -107,7 +107,7 @@ impl Enricher {
             Ok(())
         })?;
         if caches.is_empty() {
-            caches = Cache::all(&header);
+            caches = Cache::all(&header.tables);
         }
         if header.identity != *identity {
             return Err(refused(dir, format!("the state of {}; this is {identity}", header.identity)));

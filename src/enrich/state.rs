@@ -174,6 +174,24 @@ pub fn header(dir: &Path) -> Result<Option<BaseHeader>> {
     }
 }
 
+/// The lookup tables as the newest entries of the log have them, read beside whoever writes it; `None` when there is no base.
+///
+/// # Errors
+/// [`Error::Refused`] when the base is there and is not one.
+pub fn tables(dir: &Path) -> Result<Option<Vec<LookupTable>>> {
+    let Some(BaseHeader { lsn, mut tables, .. }) = header(dir)? else { return Ok(None) };
+    let Ok(log) = File::open(dir.join(CHANGES)) else { return Ok(Some(tables)) };
+    for text in BufReader::new(log).lines().map_while(std::io::Result::ok).filter(|l| l.contains("\"relation\":")) {
+        if let Ok(Entry { at, table, change: LookupChange::Relation(fresh) }) = serde_json::from_str(&text)
+            && at.commit_lsn >= lsn
+            && let Some(known) = tables.get_mut(table)
+        {
+            *known = fresh;
+        }
+    }
+    Ok(Some(tables))
+}
+
 /// Like [`header`], where a state is needed.
 ///
 /// # Errors
