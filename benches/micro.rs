@@ -80,7 +80,7 @@ fn lookup() -> (Enricher, Arc<Layout>) {
     let config = Config::defaults().expect("the defaults");
     let column = |name: &str, type_oid| ColumnType { name: name.into(), type_oid, type_mod: -1 };
     let columns = vec![column("title", 25), column("content_type", 25), column("length_seconds", 23)];
-    let table = LookupTable { table: "content".into(), key: column("id", 2950), columns };
+    let table = LookupTable { table: "content".into(), oid: None, key: column("id", 2950), columns };
     let identity = SlotIdentity { system_id: "1".into(), timeline: 1, slot: "bench".into() };
     let header = BaseHeader {
         version: 1,
@@ -88,6 +88,7 @@ fn lookup() -> (Enricher, Arc<Layout>) {
         lsn: Lsn(1),
         origin: Lsn(1),
         adopted: false,
+        adopted_snapshot: None,
         tables: vec![table],
     };
     let mut base = BaseWriter::create(dir.path(), &header).expect("a writable directory");

@@ -113,6 +113,7 @@ pub struct Assembler {
 
 #[derive(Debug)]
 struct Open {
+    xid: u32,
     commit_lsn: Lsn,
     commit_ts: i64,
     next: u64,
@@ -122,6 +123,11 @@ impl Assembler {
     /// The commit LSN of the open transaction.
     pub fn open(&self) -> Option<Lsn> {
         self.open.as_ref().map(|o| o.commit_lsn)
+    }
+
+    /// The open transaction's id, as the WAL has it: without its epoch.
+    pub fn xid(&self) -> Option<u32> {
+        self.open.as_ref().map(|o| o.xid)
     }
 
     /// Position that the next change of the open transaction will have.
@@ -135,7 +141,7 @@ impl Assembler {
     /// [`OutOfOrder`] for a row outside a transaction, a Begin within one, or a foreign Commit.
     pub fn push<'a>(&mut self, message: Message<'a>) -> Result<Step<'a>, OutOfOrder> {
         match message {
-            Message::Begin { final_lsn, commit_ts, .. } => self.begin(final_lsn, commit_ts),
+            Message::Begin { final_lsn, commit_ts, xid } => self.begin(xid, final_lsn, commit_ts),
             Message::Insert { relation, new } => self.change(relation, RowChange::Insert(new)).map(Step::Change),
             Message::Update { relation, old, new } => {
                 self.change(relation, RowChange::Update(old, new)).map(Step::Change)
@@ -162,8 +168,8 @@ impl Assembler {
         }
     }
 
-    fn begin<'a>(&mut self, commit_lsn: Lsn, commit_ts: i64) -> Result<Step<'a>, OutOfOrder> {
-        match self.open.replace(Open { commit_lsn, commit_ts, next: 0 }) {
+    fn begin<'a>(&mut self, xid: u32, commit_lsn: Lsn, commit_ts: i64) -> Result<Step<'a>, OutOfOrder> {
+        match self.open.replace(Open { xid, commit_lsn, commit_ts, next: 0 }) {
             None => Ok(Step::Begin),
             Some(open) => {
                 Err(OutOfOrder(format!("Begin of {commit_lsn} within the transaction of {}", open.commit_lsn)))

@@ -6,6 +6,7 @@
 mod kafka;
 pub mod peers;
 pub mod postgres;
+pub mod role;
 
 use std::fmt::Write as _;
 use std::time::Duration;

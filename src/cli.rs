@@ -63,6 +63,9 @@ pub struct Init {
     /// Take over a slot made by hand, or rebuild a lost lookup state from now
     #[arg(long)]
     pub adopt_slot: bool,
+    /// Make a slot that Postgres copies to its standbys (17 and later)
+    #[arg(long)]
+    pub failover: bool,
 }
 
 /// Output form.

@@ -141,6 +141,11 @@ impl Checkpoint {
         if other.reach() > self.reach() { other } else { self }
     }
 
+    /// The one that has got less far.
+    pub fn min(self, other: Self) -> Self {
+        if other.reach() < self.reach() { other } else { self }
+    }
+
     /// Whether everything in `other` is in this one too.
     pub fn covers(self, other: Self) -> bool {
         self.reach() >= other.reach()
@@ -210,6 +215,7 @@ mod tests {
         assert!(!c.has(at(150, 4)) && !c.has(at(151, 0)));
         assert!(!Checkpoint::whole(Lsn(100)).has(at(100, 0)));
         assert!(c.covers(Checkpoint::whole(Lsn(100))) && Checkpoint::whole(Lsn(158)).covers(c));
-        assert_eq!(c.max(Checkpoint { partial: Some(at(150, 2)), ..c }), c);
+        let less = Checkpoint { partial: Some(at(150, 2)), ..c };
+        assert_eq!((c.max(less), c.min(less)), (c, less));
     }
 }

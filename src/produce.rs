@@ -30,6 +30,8 @@ use until::Until;
 const TICK: Duration = Duration::from_millis(500);
 /// How often a position that moves without events is stored.
 const IDLE: Duration = Duration::from_secs(10);
+/// How long the sinks may take to store what stands before a refused change.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// How a session ended.
 enum End {
@@ -163,6 +165,10 @@ async fn run_session(world: &World, mut session: Session, mut until: Option<&mut
                     Ok(Some(until::Reached::End(at))) => break finish(&mut session, at).await,
                     Ok(Some(until::Reached::ReadAgain)) => break Ok(End::Again(None)),
                     Ok(Some(until::Reached::ReadInText)) => break Ok(End::Again(Some(WireForm::Text))),
+                    Err(error @ Error::Refused(_)) => {
+                        keep(world, &mut session).await;
+                        break Err(error);
+                    }
                     Err(error) => break Err(error),
                 }
             }
@@ -170,6 +176,18 @@ async fn run_session(world: &World, mut session: Session, mut until: Option<&mut
     };
     session.close().await;
     outcome
+}
+
+/// What stands before a change that was refused is stored and acknowledged, so that a mended configuration need not know the
+/// schemas that were before it. Where that fails it comes again.
+async fn keep(world: &World, session: &mut Session) {
+    let drained = tokio::select! {
+        drained = tokio::time::timeout(FAREWELL, drain(session)) => drained.unwrap_or(Ok(())),
+        () = world.stop.cancelled() => Ok(()),
+    };
+    if let Err(error) = drained {
+        warn!(%error, "what stands before the refused change comes again");
+    }
 }
 
 /// Makes everything that has been walked durable and acknowledges it.

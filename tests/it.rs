@@ -14,6 +14,8 @@ mod produce;
 mod refuse;
 mod rig;
 mod rows;
+mod schema;
 mod setup;
 mod types;
 mod upload;
+mod versions;

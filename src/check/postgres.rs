@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio_postgres::Client;
 
-use super::{Finding, Found, within};
+use super::{Finding, Found, role, within};
 use crate::config::{self, Config};
 use crate::enrich;
 use crate::enrich::state::{self, BaseHeader, LookupTable};
@@ -55,6 +55,8 @@ impl Postgres {
 
     async fn server(&mut self, config: &Config, client: &Client) {
         self.push("postgres_version", "14 or later", version(client).await);
+        let role = role::server_role(client).await;
+        self.push("server_role", "a primary, or a standby of Postgres 16 or later", role.map(role::found));
         self.push("wal_level", "logical", wal_level(client).await);
         self.push("replication_slots", "a free one", free_slot(client, &config.postgres.slot).await);
         self.push("wal_senders", "a free one", free_sender(client, &config.postgres.slot).await);
@@ -86,6 +88,9 @@ impl Postgres {
         self.push("configured_tables", "each [[table]] published", configured(config, &tables));
         self.push("table_rights", "SELECT on every published table", readable(&tables));
         self.push("columns", "the configured columns, no name twice", columns(config, &tables));
+        if let Ok(Some(known)) = state::tables(&config.state.dir) {
+            self.push("lookup_tables", "as the lookup state knows them", lookup_tables(&known, &tables));
+        }
         self.push("replica_identity", "a primary key, or another identity", identities(&tables));
     }
 
@@ -95,7 +100,11 @@ impl Postgres {
             Ok(found) => slot::require(name, found, database),
             Err(error) => Err(error),
         };
-        self.push("slot", "a pgoutput slot with its WAL", state.as_ref().map(|s| slot_found(name, s)).map_err(clone));
+        let found = match &state {
+            Ok(state) if state.failover => role::failover_found(client, slot_found(name, state)).await,
+            state => state.as_ref().map(|s| slot_found(name, s)).map_err(clone),
+        };
+        self.push("slot", "a pgoutput slot with its WAL", found);
         let base = state::header(&config.state.dir);
         self.push("lookup_state", "the state that init wrote with the slot", lookup_state(config, &base, identity));
         // Only when the rest stands: positions mean nothing without their slot.
@@ -134,11 +143,15 @@ impl Postgres {
 /// # Errors
 /// [`Error::Refused`] below 14.
 pub async fn version(client: &Client) -> Result<String> {
-    let (number, text) = (setting(client, "server_version_num").await?, setting(client, "server_version").await?);
-    if number.parse::<i64>().is_ok_and(|n| n >= LEAST_VERSION) {
-        return Ok(text);
+    let text = setting(client, "server_version").await?;
+    match at_least(client, LEAST_VERSION).await? {
+        true => Ok(text),
+        false => Err(Error::refused("postgres_version", text, "Postgres 14 or later", "upgrade the server")),
     }
-    Err(Error::refused("postgres_version", text, "Postgres 14 or later", "upgrade the server"))
+}
+
+pub(super) async fn at_least(client: &Client, version: i64) -> Result<bool> {
+    Ok(setting(client, "server_version_num").await?.parse::<i64>().is_ok_and(|n| n >= version))
 }
 
 /// `wal_level`.
@@ -309,6 +322,14 @@ fn columns(config: &Config, tables: &[Table]) -> Result<String> {
     Ok(format!("{count} columns in {} tables, {} of them looked up", tables.len(), lookups.len()))
 }
 
+/// What the stream will come to.
+fn lookup_tables(known: &[LookupTable], published: &[Table]) -> Result<String> {
+    let relations: Vec<_> = published.iter().map(|t| &t.relation).collect();
+    enrich::require_same(known, &relations)?;
+    let names: Vec<_> = known.iter().map(|t| t.table.as_str()).collect();
+    Ok(if names.is_empty() { "none".to_owned() } else { names.join(", ") })
+}
+
 fn identities(tables: &[Table]) -> Result<Found> {
     let bare: Vec<_> = tables.iter().filter(|t| !t.has_identity()).map(Table::sql_name).collect();
     if bare.is_empty() {
@@ -390,7 +411,7 @@ pub async fn identity(conninfo: &Conninfo, slot: &str) -> Result<SlotIdentity> {
     Ok(SlotIdentity { system_id: system.system_id, timeline: system.timeline, slot: slot.to_owned() })
 }
 
-async fn setting(client: &Client, name: &str) -> Result<String> {
+pub(super) async fn setting(client: &Client, name: &str) -> Result<String> {
     let row = client.query_one("SELECT pg_catalog.current_setting($1)", &[&name]).await;
     Ok(row.map_err(|e| sql_error(name, &e))?.get(0))
 }

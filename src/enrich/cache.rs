@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use super::state::{BaseHeader, ColumnType, LookupChange, LookupTable};
+use super::state::{ColumnType, LookupChange, LookupTable};
 use crate::change::RowChange;
 use crate::error::{Error, Result};
 use crate::pgoutput::{Cell, Tuple};
-use crate::schema::Relation;
+use crate::schema::{Relation, Type};
 use crate::value;
 
 /// Texts of the joined columns.
@@ -16,12 +16,14 @@ pub(super) type Row = Box<[Option<Box<str>>]>;
 pub(super) struct Cache {
     pub(super) table: LookupTable,
     pub(super) rows: HashMap<Box<str>, Row>,
+    /// Whether the rows that the stream brings now count; see [`super::Enricher::relation`].
+    pub(super) follows: bool,
 }
 
 impl Cache {
     /// One empty cache for each table of a state.
-    pub(super) fn all(header: &BaseHeader) -> Vec<Self> {
-        header.tables.iter().map(|table| Self { table: table.clone(), rows: HashMap::new() }).collect()
+    pub(super) fn all(tables: &[LookupTable]) -> Vec<Self> {
+        tables.iter().map(|table| Self { table: table.clone(), rows: HashMap::new(), follows: true }).collect()
     }
 
     pub(super) fn apply(&mut self, change: LookupChange) {
@@ -39,18 +41,29 @@ impl Cache {
     /// The table under another schema; `None` when nothing has changed.
     ///
     /// # Errors
-    /// [`Error::Refused`] when the key or a joined column is gone.
+    /// [`Error::Refused`] when the key or a joined column is gone, when the name is another table's now, and when the cached
+    /// texts are not those of the new types: Postgres rewrites the rows, and the stream does not show that.
     pub(super) fn under(&self, relation: &Relation) -> Result<Option<LookupTable>> {
+        if let Some(oid) = self.table.oid
+            && oid != relation.oid
+        {
+            let found = format!(
+                "is another table now (oid {}, it was {oid}), whose rows may be older than its name",
+                relation.oid
+            );
+            return Err(self.refused(&found));
+        }
         let find = |wanted: &ColumnType| {
-            let column = relation.columns.iter().find(|c| c.name == wanted.name).ok_or_else(|| {
-                Error::refused(
-                    "lookup_columns",
-                    format!("lookup table {} has no column \"{}\" any more", self.table.table, wanted.name),
-                    "the key and the joined columns, published",
-                    "add the column again, or change [table.lookup] and run falaj init --adopt-slot",
-                )
-            })?;
-            Ok(ColumnType { name: column.name.clone(), type_oid: column.type_oid, type_mod: column.type_mod })
+            let column = relation.columns.iter().find(|c| c.name == wanted.name);
+            let column = column.ok_or_else(|| self.refused(&format!("has no column \"{}\" any more", wanted.name)))?;
+            let is = ColumnType { name: column.name.clone(), type_oid: column.type_oid, type_mod: column.type_mod };
+            if is != *wanted && !keeps_text(wanted, &is) {
+                let (name, was, is) = (&is.name, wanted.ty(), is.ty());
+                return Err(
+                    self.refused(&format!("has \"{name}\" as {is:?} now, it was {was:?}: its rows were rewritten"))
+                );
+            }
+            Ok(is)
         };
         if relation.columns.iter().any(|c| c.name == self.table.key.name && !c.identity) {
             return Err(Error::refused(
@@ -65,10 +78,26 @@ impl Cache {
         }
         let fresh = LookupTable {
             table: self.table.table.clone(),
+            oid: Some(relation.oid),
             key: find(&self.table.key)?,
             columns: self.table.columns.iter().map(find).collect::<Result<_>>()?,
         };
         Ok((fresh != self.table).then_some(fresh))
+    }
+
+    /// The table has another name now.
+    pub(super) fn renamed(&self, relation: &Relation) -> Error {
+        self.refused(&format!("is called {} now", relation.table()))
+    }
+
+    fn refused(&self, found: &str) -> Error {
+        Error::refused(
+            "lookup_columns",
+            format!("lookup table {} {found}", self.table.table),
+            "the key and the joined columns as the lookup state has them",
+            "mend [table.lookup] where a name has changed, then falaj init --adopt-slot: it reads the lookup rows of now (older \
+             events are then enriched with these), and falaj produce goes on from there",
+        )
     }
 
     /// What a change of a row does here, in order.
@@ -122,6 +151,25 @@ impl Cache {
     }
 }
 
+/// Whether each value of a column has the same text after a change of its type, as far as Postgres's own casts go.
+fn keeps_text(was: &ColumnType, is: &ColumnType) -> bool {
+    use Type::{Int2, Int4, Int8, Json, Jsonb, Numeric, Text, Uuid};
+    const TEXT: u32 = 25;
+    const VARCHAR: u32 = 1043;
+    let string = |column: &ColumnType| [TEXT, VARCHAR].contains(&column.type_oid);
+    let unlimited =
+        |column: &ColumnType| column.type_oid == TEXT || (column.type_oid == VARCHAR && column.type_mod < 0);
+    let integer = |ty| matches!(ty, Int2 | Int4 | Int8);
+    match (was.ty(), is.ty()) {
+        (Numeric(old), Numeric(Some((_, scale)))) => old.is_some_and(|(_, s)| s == scale),
+        (old, Numeric(None)) => integer(old) || matches!(old, Numeric(_)),
+        (old, Numeric(Some((_, scale)))) => integer(old) && scale == 0,
+        (old, Text) if unlimited(is) => integer(old) || string(was) || matches!(old, Numeric(_) | Uuid | Json | Jsonb),
+        (Text, Text) => string(was) && string(is) && !unlimited(was) && was.type_mod <= is.type_mod,
+        (old, new) => integer(old) && integer(new),
+    }
+}
+
 /// Text of a column of a tuple; outer `None` for an unchanged TOAST value.
 fn text_of(relation: &Relation, name: &str, tuple: Tuple<'_>) -> Result<Option<Option<String>>> {
     let failed = |why: &dyn std::fmt::Display| Error::fatal(format_args!("lookup table {}", relation.table()), why);
@@ -133,4 +181,50 @@ fn text_of(relation: &Relation, name: &str, tuple: Tuple<'_>) -> Result<Option<O
     let mut scratch = Vec::new();
     let text = value::text(relation.columns[at].ty(), cell, &mut scratch).map_err(|e| failed(&e))?;
     Ok(Some(text.map(str::to_owned)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_of_type_keeps_the_texts_or_not() {
+        let column = |(type_oid, type_mod)| ColumnType { name: "c".into(), type_oid, type_mod };
+        let keeps = |was, is| keeps_text(&column(was), &column(is));
+        let numeric = |p: i32, s: i32| (1700, ((p << 16) | s) + 4);
+        let [bool, int2, int4, int8, text, uuid, timestamp, timestamptz, interval] =
+            [16, 21, 23, 20, 25, 2950, 1114, 1184, 1186].map(|oid| (oid, -1));
+        let (char, varchar) = (|n: i32| (1042, n + 4), |n: i32| (1043, n + 4));
+        for (was, is) in [
+            (int4, int8),
+            (int8, int2),
+            (int4, (1700, -1)),
+            (int4, numeric(10, 0)),
+            (numeric(6, 2), numeric(10, 2)),
+            (numeric(6, 2), (1700, -1)),
+            (int4, text),
+            (uuid, text),
+            (varchar(5), varchar(9)),
+            (varchar(5), text),
+            (text, (1043, -1)),
+        ] {
+            assert!(keeps(was, is), "{was:?} {is:?}");
+        }
+        for (was, is) in [
+            (int4, numeric(10, 2)),
+            (numeric(6, 2), numeric(6, 3)),
+            (numeric(6, 2), int4),
+            ((1700, -1), numeric(6, 2)),
+            (text, int4),
+            (bool, text),
+            (char(5), text),
+            (text, char(5)),
+            (varchar(5), varchar(3)),
+            (timestamp, timestamptz),
+            (timestamp, (1114, 0)),
+            (interval, (1186, 0)),
+        ] {
+            assert!(!keeps(was, is), "{was:?} {is:?}");
+        }
+    }
 }

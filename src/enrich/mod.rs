@@ -1,6 +1,7 @@
 //! Enrichment as a fold over the stream: lookup rows are changed by the stream itself, in commit order, so every event
 //! sees them *as of its own position*. No query, no clock, no poll.
 
+mod adoption;
 mod cache;
 pub mod derive;
 pub mod state;
@@ -15,6 +16,7 @@ use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
 use crate::pgoutput::Cell;
 use crate::schema::{Relation, Type};
 use crate::value::{self, Converted};
+use adoption::Adoption;
 use cache::Cache;
 use derive::Derivation;
 use state::{BaseHeader, BaseWriter, ChangeLog, Entry, LookupChange, LookupTable};
@@ -56,6 +58,23 @@ pub fn wanted(tables: &[config::Table]) -> Vec<(String, Vec<String>)> {
     wanted
 }
 
+/// Whether the lookup tables of a state are, in the catalogue, still what the stream has shown.
+///
+/// # Errors
+/// The refusal with which the stream would stop at the table's next row.
+pub fn require_same(tables: &[LookupTable], published: &[&Relation]) -> Result<()> {
+    for cache in Cache::all(tables) {
+        let named = published.iter().find(|r| r.table() == cache.table.table);
+        let renamed = published.iter().find(|r| Some(r.oid) == cache.table.oid);
+        match (named, renamed) {
+            (Some(relation), _) => drop(cache.under(relation)?),
+            (None, Some(relation)) => return Err(cache.renamed(relation)),
+            (None, None) => {}
+        }
+    }
+    Ok(())
+}
+
 /// The cached lookup tables and the log that makes them last.
 pub struct Enricher {
     caches: Vec<Cache>,
@@ -63,6 +82,7 @@ pub struct Enricher {
     /// The loaded state holds every change below it.
     from: Lsn,
     origin: Lsn,
+    adoption: Option<Adoption>,
     /// Look-ups that found a row, since the start.
     pub hits: u64,
     /// Look-ups that found none: the event has NULL columns.
@@ -78,7 +98,7 @@ impl Enricher {
         let mut caches: Vec<Cache> = Vec::new();
         let (header, log) = state::load(dir, upto, |header, table, change| {
             if caches.is_empty() {
-                caches = Cache::all(header);
+                caches = Cache::all(&header.tables);
             }
             match caches.get_mut(table) {
                 Some(cache) => cache.apply(change),
@@ -87,7 +107,7 @@ impl Enricher {
             Ok(())
         })?;
         if caches.is_empty() {
-            caches = Cache::all(&header);
+            caches = Cache::all(&header.tables);
         }
         if header.identity != *identity {
             return Err(refused(dir, format!("the state of {}; this is {identity}", header.identity)));
@@ -100,7 +120,11 @@ impl Enricher {
                 return Err(refused(dir, format!("no column \"{column}\" of lookup table \"{table}\"")));
             }
         }
-        let loaded = Self { caches, log, from: upto.resume, origin: header.origin, hits: 0, misses: 0 };
+        let adoption = header.adopted_snapshot.as_ref().map(|snapshot| {
+            Adoption::parse(snapshot).ok_or_else(|| refused(dir, format!("adopted_snapshot is {snapshot:?}")))
+        });
+        let (adoption, origin) = (adoption.transpose()?, header.origin);
+        let loaded = Self { caches, log, from: upto.resume, origin, adoption, hits: 0, misses: 0 };
         if loaded.log.bytes()? > COMPACT_AT { loaded.compact(dir, header, upto.resume) } else { Ok(loaded) }
     }
 
@@ -185,15 +209,46 @@ impl Enricher {
         self.caches.iter().position(|c| c.table.table == table)
     }
 
-    /// A lookup table's schema has come: remembers its columns' types.
+    /// A lookup table's schema has come, in transaction `xid`: remembers its columns' types. Says whether they have changed.
+    ///
+    /// Rows that were adopted are as of a later moment than the transactions that the adoption saw: a schema of these that
+    /// does not fit has been left behind, and its rows are not followed.
     ///
     /// # Errors
-    /// [`Error::Refused`] when the key or a joined column is gone; [`Error::Fatal`] when the disk refuses.
-    pub fn relation(&mut self, table: usize, relation: &Relation, next: Position) -> Result<()> {
-        match self.caches[table].under(relation)? {
-            Some(fresh) => self.record(table, next, LookupChange::Relation(fresh)),
+    /// [`Error::Refused`] when the key or a joined column is gone, when it is another table, or when the cached rows cannot
+    /// be what the table holds now; [`Error::Fatal`] when the disk refuses.
+    pub fn relation(&mut self, table: usize, relation: &Relation, next: Position, xid: Option<u32>) -> Result<bool> {
+        // The loaded state has it already.
+        if next.commit_lsn < self.from {
+            return Ok(false);
+        }
+        let seen = self.adopted(next, xid);
+        let cache = &mut self.caches[table];
+        let under = cache.under(relation);
+        cache.follows = !seen || matches!(under, Ok(None));
+        if !cache.follows {
+            return Ok(false);
+        }
+        let Some(fresh) = under? else { return Ok(false) };
+        self.record(table, next, LookupChange::Relation(fresh))?;
+        Ok(true)
+    }
+
+    /// The schema of a table that is no lookup table by its name.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when it was one until now: its rows would no longer be followed.
+    pub fn require_no_lookup(&self, relation: &Relation, next: Position, xid: Option<u32>) -> Result<()> {
+        let renamed = self.caches.iter().find(|c| c.table.oid == Some(relation.oid));
+        match renamed.filter(|_| next.commit_lsn >= self.from && !self.adopted(next, xid)) {
+            Some(cache) => Err(cache.renamed(relation)),
             None => Ok(()),
         }
+    }
+
+    /// Whether the adopted rows are already as of a transaction.
+    fn adopted(&self, at: Position, xid: Option<u32>) -> bool {
+        self.adoption.as_ref().zip(xid).is_some_and(|(adoption, xid)| adoption.saw(at.commit_lsn, xid))
     }
 
     /// Folds a change of a lookup table into the cache and the log. What the loaded state already holds is left out.
@@ -201,7 +256,7 @@ impl Enricher {
     /// # Errors
     /// [`Error::Fatal`] for a value that is not of its type, a row without a key, or a disk that refuses.
     pub fn fold(&mut self, table: usize, relation: &Relation, change: &Change<'_>) -> Result<()> {
-        if change.at.commit_lsn < self.from {
+        if change.at.commit_lsn < self.from || !self.caches[table].follows {
             return Ok(());
         }
         let folded = self.caches[table].fold(relation, change.row)?;
@@ -354,13 +409,14 @@ mod tests {
         if state::header(dir)?.is_none() {
             let column = |name: &str, type_oid| ColumnType { name: name.into(), type_oid, type_mod: -1 };
             let columns = vec![column("title", 25), column("content_type", 25), column("length_seconds", 23)];
-            let tables = vec![LookupTable { table: "content".into(), key: column("id", 25), columns }];
+            let tables = vec![LookupTable { table: "content".into(), oid: None, key: column("id", 25), columns }];
             let header = BaseHeader {
                 version: 1,
                 identity: identity.clone(),
                 lsn: Lsn(100),
                 origin: Lsn(100),
                 adopted: false,
+                adopted_snapshot: None,
                 tables,
             };
             let mut base = BaseWriter::create(dir, &header)?;
@@ -442,7 +498,7 @@ mod tests {
         let mut by_slug = content();
         by_slug.columns.iter_mut().for_each(|column| column.identity = column.name == "slug");
         let next = Position { commit_lsn: Lsn(200), ordinal: 0 };
-        let Err(Error::Refused(refusal)) = e.relation(0, &by_slug, next) else { panic!() };
+        let Err(Error::Refused(refusal)) = e.relation(0, &by_slug, next, None) else { panic!() };
         assert_eq!(refusal.check, "lookup_identity");
     }
 

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
+use crate::schema::Type;
 
 const BASE: &str = "base.jsonl";
 const CHANGES: &str = "changes.jsonl";
@@ -31,8 +32,20 @@ pub struct BaseHeader {
     pub origin: Lsn,
     /// Made by `--adopt-slot`: rows are those of that moment, although `lsn` may lie before it.
     pub adopted: bool,
+    /// Which transactions the rows of an adoption are already as of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adopted_snapshot: Option<Snapshot>,
     /// The lookup tables.
     pub tables: Vec<LookupTable>,
+}
+
+/// A snapshot of the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// `pg_current_snapshot()`.
+    pub xids: String,
+    /// End of the WAL right after it was taken: whatever it sees has committed before.
+    pub lsn: Lsn,
 }
 
 /// A lookup table: its key and the columns that are joined.
@@ -40,6 +53,9 @@ pub struct BaseHeader {
 pub struct LookupTable {
     /// Table name as in the configuration.
     pub table: String,
+    /// `pg_class.oid`: a table that is made anew under the name is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oid: Option<u32>,
     /// The primary key column.
     pub key: ColumnType,
     /// Joined columns, in the order of the rows' values.
@@ -55,6 +71,13 @@ pub struct ColumnType {
     pub type_oid: u32,
     /// `atttypmod`
     pub type_mod: i32,
+}
+
+impl ColumnType {
+    /// The type that falaj knows it by.
+    pub fn ty(&self) -> Type {
+        Type::from_oid(self.type_oid, self.type_mod)
+    }
 }
 
 /// A lookup row: the key's text and the joined columns' texts, NULL as `None`.
@@ -149,6 +172,24 @@ pub fn header(dir: &Path) -> Result<Option<BaseHeader>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => at(dir, Err(e)),
     }
+}
+
+/// The lookup tables as the newest entries of the log have them, read beside whoever writes it; `None` when there is no base.
+///
+/// # Errors
+/// [`Error::Refused`] when the base is there and is not one.
+pub fn tables(dir: &Path) -> Result<Option<Vec<LookupTable>>> {
+    let Some(BaseHeader { lsn, mut tables, .. }) = header(dir)? else { return Ok(None) };
+    let Ok(log) = File::open(dir.join(CHANGES)) else { return Ok(Some(tables)) };
+    for text in BufReader::new(log).lines().map_while(std::io::Result::ok).filter(|l| l.contains("\"relation\":")) {
+        if let Ok(Entry { at, table, change: LookupChange::Relation(fresh) }) = serde_json::from_str(&text)
+            && at.commit_lsn >= lsn
+            && let Some(known) = tables.get_mut(table)
+        {
+            *known = fresh;
+        }
+    }
+    Ok(Some(tables))
 }
 
 /// Like [`header`], where a state is needed.
@@ -321,8 +362,10 @@ mod tests {
             lsn: Lsn(100),
             origin: Lsn(100),
             adopted: false,
+            adopted_snapshot: None,
             tables: vec![LookupTable {
                 table: "content".into(),
+                oid: None,
                 key: column("id", 2950),
                 columns: vec![column("title", 25)],
             }],

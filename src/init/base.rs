@@ -6,7 +6,7 @@ use futures_util::TryStreamExt;
 use tokio_postgres::Client;
 
 use crate::config;
-use crate::enrich::state::{BaseHeader, BaseWriter, ColumnType, LookupTable};
+use crate::enrich::state::{BaseHeader, BaseWriter, ColumnType, LookupTable, Snapshot};
 use crate::enrich::wanted;
 use crate::error::{Error, Result};
 use crate::schema::Column;
@@ -64,7 +64,8 @@ fn lookup(name: &str, source: Option<&Table>, columns: &[String]) -> Result<Look
         ));
     }
     let columns = columns.iter().map(|c| column(c).map(typed)).collect::<Result<_>>()?;
-    let table = LookupTable { table: name.to_owned(), key: typed(key), columns };
+    let oid = Some(source.relation.oid);
+    let table = LookupTable { table: name.to_owned(), oid, key: typed(key), columns };
     Ok(Lookup { table, source: source.clone() })
 }
 
@@ -84,14 +85,15 @@ fn typed(column: &Column) -> ColumnType {
     ColumnType { name: column.name.clone(), type_oid: column.type_oid, type_mod: column.type_mod }
 }
 
-/// Writes the base with the rows of an exported snapshot, or with those of now. Gives the number of rows.
+/// Writes the base with the rows of an exported snapshot, or with those of now, and then with what now was. Gives the number
+/// of rows.
 ///
 /// # Errors
 /// [`Error::Refused`] for want of SELECT; [`Error::Unreachable`]; [`Error::Fatal`] when the disk refuses.
 pub(super) async fn write(
     client: &Client,
     snapshot: Option<&str>,
-    header: &BaseHeader,
+    mut header: BaseHeader,
     lookups: &[Lookup],
     dir: &Path,
 ) -> Result<u64> {
@@ -99,7 +101,10 @@ pub(super) async fn write(
     let import = snapshot.map(|s| format!("SET TRANSACTION SNAPSHOT {};", literal(s))).unwrap_or_default();
     let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {import}");
     client.batch_execute(&begin).await.map_err(failed)?;
-    let mut out = BaseWriter::create(dir, header)?;
+    if snapshot.is_none() {
+        header.adopted_snapshot = Some(now(client).await?);
+    }
+    let mut out = BaseWriter::create(dir, &header)?;
     let mut count = 0;
     for (number, lookup) in lookups.iter().enumerate() {
         let none: [&str; 0] = [];
@@ -114,6 +119,15 @@ pub(super) async fn write(
     client.batch_execute("COMMIT").await.map_err(failed)?;
     out.finish()?;
     Ok(count)
+}
+
+/// The snapshot of the open transaction.
+async fn now(client: &Client) -> Result<Snapshot> {
+    let sql = "SELECT pg_catalog.pg_current_snapshot()::text, (CASE WHEN pg_catalog.pg_is_in_recovery() \
+               THEN pg_catalog.pg_last_wal_replay_lsn() ELSE pg_catalog.pg_current_wal_insert_lsn() END)::text";
+    let row = client.query_one(sql, &[]).await.map_err(|e| sql_error("reading the lookup rows", &e))?;
+    let lsn = row.get::<_, &str>(1).parse().map_err(|e| Error::fatal("reading an LSN from Postgres", e))?;
+    Ok(Snapshot { xids: row.get(0), lsn })
 }
 
 fn select(lookup: &Lookup) -> String {

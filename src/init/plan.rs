@@ -10,6 +10,7 @@ use tracing::info;
 use super::base::{self, Lookup};
 use crate::check::peers::writable;
 use crate::check::postgres as require;
+use crate::check::role::{self, Role};
 use crate::cli;
 use crate::config::{Config, SinkName};
 use crate::enrich::state::{self, BaseHeader};
@@ -37,6 +38,7 @@ pub(super) struct Plan {
     conninfo: Conninfo,
     client: Client,
     identity: SlotIdentity,
+    role: Role,
     present: Vec<String>,
     steps: Vec<Step>,
 }
@@ -47,7 +49,7 @@ enum Step {
     Tables,
     Publication { name: String, tables: Vec<String>, sql: String },
     Topic { name: String, partitions: i32, settings: &'static [(&'static str, &'static str)] },
-    Slot { name: String, state: String },
+    Slot { name: String, state: String, failover: bool },
     Adopt { name: String, state: String, confirmed: Lsn },
 }
 
@@ -58,15 +60,20 @@ impl Plan {
         let conninfo = Conninfo::parse(&config.postgres.url)?;
         let client = world.at_start("postgres", || conninfo.sql(APPLICATION)).await?;
         require::version(&client).await?;
+        let role = role::server_role(&client).await?;
         require::wal_level(&client).await?;
+        if args.failover {
+            role::failover(&client, role).await?;
+        }
         let identity = require::identity(&conninfo, &config.postgres.slot).await?;
-        let mut plan = Self { conninfo, client, identity, present: Vec::new(), steps: Vec::new() };
+        let mut plan = Self { conninfo, client, identity, role, present: Vec::new(), steps: Vec::new() };
         let made = if args.with_tables { plan.plan_tables().await? } else { Vec::new() };
         let published = plan.plan_publication(config, &made).await?;
         if config.produce.sinks.contains(&SinkName::Kafka) {
             plan.plan_topics(world, &config.sources(published)?).await?;
         }
-        plan.plan_slot(config, args.adopt_slot).await?;
+        plan.plan_slot(config, args).await?;
+        plan.refuse_writes_on_a_standby()?;
         Ok(plan)
     }
 
@@ -158,7 +165,8 @@ impl Plan {
         Ok(())
     }
 
-    async fn plan_slot(&mut self, config: &Config, adopt: bool) -> Result<()> {
+    async fn plan_slot(&mut self, config: &Config, args: &cli::Init) -> Result<()> {
+        let adopt = args.adopt_slot;
         let name = config.postgres.slot.clone();
         let state = config.state.dir.display().to_string();
         writable("state_dir", "state.dir", &config.state.dir)?;
@@ -166,10 +174,13 @@ impl Plan {
         require::state_is_ours(&config.state.dir, base.as_ref(), &self.identity)?;
         let Some(found) = slot::read(&self.client, &name).await? else {
             require::free_slot(&self.client, &name).await?;
-            self.steps.push(Step::Slot { name, state });
+            self.steps.push(Step::Slot { name, state, failover: args.failover });
             return Ok(());
         };
         let found = slot::require(&name, Some(found), self.conninfo.dbname())?;
+        if args.failover && !found.failover {
+            return Err(no_failover(&name));
+        }
         if base.is_some() && !adopt {
             self.present.push(format!("slot \"{name}\" at {}, lookup rows in {state}", found.confirmed_flush_lsn));
             return Ok(());
@@ -201,21 +212,21 @@ impl Plan {
             Step::Topic { name, partitions, settings } => {
                 kafka::create_topic(&config.kafka, name, *partitions, settings).await
             }
-            Step::Slot { .. } => self.create_slot(world).await,
+            Step::Slot { failover, .. } => self.create_slot(world, *failover).await,
             Step::Adopt { confirmed, .. } => self.adopt_slot(config, *confirmed).await,
         }
     }
 
     /// Creates the slot and writes the lookup rows from its snapshot. A slot whose rows cannot be written is dropped again.
-    async fn create_slot(&self, world: &World) -> Result<()> {
+    async fn create_slot(&self, world: &World, failover: bool) -> Result<()> {
         let config = &world.config;
         let slot = &config.postgres.slot;
         // Looked up before the slot exists, so that a refusal leaves nothing behind.
         let lookups = self.lookups(config).await?;
         let mut wire = Wire::connect(&self.conninfo, APPLICATION).await?;
         let (at, snapshot) = tokio::select! {
-            made = new_slot(&mut wire, slot) => made?,
-            never = said_waiting() => match never {},
+            made = new_slot(&mut wire, slot, failover) => made?,
+            never = said_waiting(self.role) => match never {},
             () = world.stop.cancelled() => return Err(Error::Fatal("shut down; no slot was made".into())),
         };
         let written = tokio::select! {
@@ -235,6 +246,23 @@ impl Plan {
         Err(error)
     }
 
+    /// What only the primary can make has to be there.
+    fn refuse_writes_on_a_standby(&self) -> Result<()> {
+        let writes = |step: &&Step| matches!(step, Step::Tables | Step::Publication { .. });
+        match self.steps.iter().find(writes) {
+            Some(step) if self.role != Role::Primary => Err(Error::refused(
+                "server_role",
+                format!("a standby, without {}", step.noun()),
+                "tables and publication, made on the primary",
+                match step {
+                    Step::Publication { sql, .. } => format!("run on the primary: {sql};"),
+                    _ => "run sql/01_tables.sql on the primary".to_owned(),
+                },
+            )),
+            _ => Ok(()),
+        }
+    }
+
     async fn adopt_slot(&self, config: &Config, confirmed: Lsn) -> Result<()> {
         let lookups = self.lookups(config).await?;
         self.write_base(config, None, confirmed, &lookups).await
@@ -252,9 +280,10 @@ impl Plan {
             lsn: at,
             origin: at,
             adopted: snapshot.is_none(),
+            adopted_snapshot: None,
             tables: lookups.iter().map(|l| l.table.clone()).collect(),
         };
-        let rows = base::write(&self.client, snapshot, &header, lookups, &config.state.dir).await?;
+        let rows = base::write(&self.client, snapshot, header, lookups, &config.state.dir).await?;
         info!(%at, rows, dir = %config.state.dir.display(), "lookup rows written");
         Ok(())
     }
@@ -274,7 +303,10 @@ impl Step {
             Self::Tables => format!("tables {}", TABLE_NAMES.join(", ")),
             Self::Publication { name, .. } => format!("publication \"{name}\""),
             Self::Topic { name, .. } => format!("topic {name}"),
-            Self::Slot { name, state } => format!("slot \"{name}\", with the lookup rows in {state}"),
+            Self::Slot { name, state, failover } => {
+                let kind = if *failover { "failover slot" } else { "slot" };
+                format!("{kind} \"{name}\", with the lookup rows in {state}")
+            }
             Self::Adopt { state, .. } => format!("lookup rows in {state}"),
         }
     }
@@ -322,9 +354,10 @@ async fn topics(config: &std::sync::Arc<Config>) -> Result<BTreeMap<String, usiz
 }
 
 /// Creates the slot. Gives its consistent point and the snapshot's name, which holds until the next command.
-async fn new_slot(wire: &mut Wire, slot: &str) -> Result<(Lsn, String)> {
-    // The older spelling of SNAPSHOT 'export': Postgres 14 knows no other.
-    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput EXPORT_SNAPSHOT", ident(slot));
+async fn new_slot(wire: &mut Wire, slot: &str, failover: bool) -> Result<(Lsn, String)> {
+    // The older spelling of SNAPSHOT 'export': Postgres 14 knows no other, and no FAILOVER either.
+    let options = if failover { "(SNAPSHOT 'export', FAILOVER)" } else { "EXPORT_SNAPSHOT" };
+    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput {options}", ident(slot));
     let rows = wire.query(&command).await.map_err(|e| match e {
         WireError::Server(e) if e.code == "42710" => Error::refused(
             "slot",
@@ -345,10 +378,32 @@ async fn new_slot(wire: &mut Wire, slot: &str) -> Result<(Lsn, String)> {
 }
 
 /// Postgres makes a slot only once every running transaction has ended; says so when that takes long. Never ends.
-async fn said_waiting() -> std::convert::Infallible {
+async fn said_waiting(role: Role) -> std::convert::Infallible {
     tokio::time::sleep(Duration::from_secs(2)).await;
-    info!("waiting for running transactions to end: a slot begins between them (see pg_stat_activity.xact_start)");
+    match role {
+        Role::Primary => {
+            info!(
+                "waiting for running transactions to end: a slot begins between them (see pg_stat_activity.xact_start)"
+            )
+        }
+        Role::Standby { .. } => info!(
+            "waiting for the primary to say which transactions run, as it does at a checkpoint; at once: SELECT \
+             pg_log_standby_snapshot() on the primary"
+        ),
+    }
     std::future::pending().await
+}
+
+fn no_failover(slot: &str) -> Error {
+    let name = ident(slot);
+    Error::refused(
+        "failover_slot",
+        format!("slot {name} is there, and is no failover slot"),
+        "a failover slot, for --failover",
+        format!(
+            "stop falaj produce, then: psql \"dbname=… replication=database\" -c 'ALTER_REPLICATION_SLOT {name} (FAILOVER true)'"
+        ),
+    )
 }
 
 fn refused_sql(check: &'static str, sql: &str, e: &tokio_postgres::Error) -> Error {

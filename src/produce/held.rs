@@ -88,16 +88,18 @@ impl Held {
         Ok(slot::require(name, state, &self.database)?.confirmed_flush_lsn)
     }
 
-    /// Fences the sinks, reads their positions, and refuses those that do not fit. Also says where the walk begins.
-    pub(super) async fn open_outlets(&self, world: &World, chosen: &[SinkName]) -> Result<(Outlets, Lsn)> {
+    /// Fences the sinks, reads their positions, and refuses those that do not fit. Also says where the walk begins, and what
+    /// all the chosen sinks have.
+    pub(super) async fn open_outlets(&self, world: &World, chosen: &[SinkName]) -> Result<(Outlets, Lsn, Checkpoint)> {
         let config = &world.config;
         let confirmed = self.confirmed(world).await?;
         let server = slot::server_lsn(&self.client).await?;
         let origin = require_header(&config.state.dir)?.origin;
         let tables = config.sources(catalog::published_names(&self.client, &config.postgres.publication).await?)?;
-        let (mut outlets, mut from) = (Outlets::default(), None::<Lsn>);
+        let (mut outlets, mut from, mut have) = (Outlets::default(), None::<Lsn>, None::<Checkpoint>);
         for name in &config.produce.sinks {
-            let (label, position) = if chosen.contains(name) {
+            let ours = chosen.contains(name);
+            let (label, position) = if ours {
                 let Opened { sink, position } = open_sink(*name, config, &self.identity, &tables).await?;
                 let label = sink.name();
                 outlets.sinks.push(sink);
@@ -110,8 +112,9 @@ impl Held {
             };
             let at = slot::require_position(label, position.map(Stored::checkpoint), confirmed, origin, server)?;
             from = Some(from.map_or(at.resume, |lowest| lowest.min(at.resume)));
+            have = if ours { Some(have.map_or(at, |lowest| lowest.min(at))) } else { have };
         }
-        Ok((outlets, from.unwrap_or(confirmed)))
+        Ok((outlets, from.unwrap_or(confirmed), have.unwrap_or(Checkpoint::whole(Lsn(0)))))
     }
 
     /// The lookup rows as of `from`.
@@ -121,9 +124,16 @@ impl Held {
     }
 
     /// Everything has held: the walk may begin.
-    pub(super) fn start(self, world: &World, outlets: Outlets, enricher: Enricher, from: Lsn) -> Session {
+    pub(super) fn start(
+        self,
+        world: &World,
+        outlets: Outlets,
+        enricher: Enricher,
+        from: Lsn,
+        have: Checkpoint,
+    ) -> Session {
         info!(%from, lookup_rows = enricher.rows(), form = ?self.form, "streaming");
-        let mut walk = Walk::new(self.client, self.form, enricher, world.config.tables.clone(), from);
+        let mut walk = Walk::new(self.client, self.form, enricher, world.config.tables.clone(), from, have);
         walk.keep_old = world.config.kafka.envelope == Envelope::Debezium;
         Session { stream: self.stream, outlets, walk }
     }

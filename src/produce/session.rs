@@ -10,7 +10,7 @@ use super::until::{Reached, Until};
 use super::walk::Walk;
 use crate::config::SinkName;
 use crate::error::Result;
-use crate::lsn::Checkpoint;
+use crate::lsn::{Checkpoint, Lsn};
 use crate::sink::discard::Discard;
 use crate::sink::{Durable, Sink, Stored};
 use crate::source::chunk::Chunk;
@@ -37,11 +37,11 @@ impl Session {
     pub(super) async fn open(world: &World, chosen: &[SinkName], form: Option<WireForm>) -> Result<Option<Self>> {
         let Some(held) = Held::take(world, form).await? else { return Ok(None) };
         let opened = match held.open_outlets(world, chosen).await {
-            Ok((outlets, from)) => held.lookups(world, from).map(|enricher| (outlets, enricher, from)),
+            Ok((outlets, from, have)) => held.lookups(world, from).map(|enricher| (outlets, enricher, from, have)),
             Err(error) => Err(error),
         };
         match opened {
-            Ok((outlets, enricher, from)) => Ok(Some(held.start(world, outlets, enricher, from))),
+            Ok((outlets, enricher, from, have)) => Ok(Some(held.start(world, outlets, enricher, from, have))),
             Err(error) => {
                 // Let the slot go before the caller tries again: else it would meet itself there.
                 held.stream.finish().await;
@@ -56,7 +56,7 @@ impl Session {
         let from = held.confirmed(world).await?;
         let enricher = held.lookups(world, from)?;
         let outlets = Outlets { sinks: vec![Box::new(Discard::default())], left_out: Vec::new() };
-        Ok(Some(held.start(world, outlets, enricher, from)))
+        Ok(Some(held.start(world, outlets, enricher, from, Checkpoint::whole(Lsn(0)))))
     }
 
     /// Walks a chunk, then lets the sinks hand over what is due.

@@ -12,7 +12,7 @@ use super::until::{Reached, Until};
 use crate::change::{Assembler, Change, Op, RowChange, Step};
 use crate::config;
 use crate::enrich::Enricher;
-use crate::error::{Error, Result};
+use crate::error::{Error, Refusal, Result};
 use crate::event::{Cells, Event, Layout};
 use crate::lsn::{Checkpoint, Lsn, Position};
 use crate::message::Sent;
@@ -39,6 +39,8 @@ pub(super) struct Walk {
     /// The sinks want the old row of every update that brings it.
     pub(super) keep_old: bool,
     generations: u32,
+    /// What every sink of this run has already.
+    have: Checkpoint,
     /// End of the last whole transaction, or an idle position.
     resume: Lsn,
     /// Last change of the open transaction.
@@ -51,10 +53,20 @@ pub(super) struct Walk {
     started: Instant,
 }
 
+/// A relation that the stream has described.
 struct Known {
-    layout: Arc<Layout>,
+    relation: Relation,
+    primary_key: Vec<usize>,
+    planned: Planned,
     /// Index of the lookup table that this relation is.
     lookup: Option<usize>,
+}
+
+/// How its events look, or why they cannot be made. That is said only once an event has to be made: a session may begin
+/// with rows that every sink has, written under a schema that the configuration no longer knows.
+enum Planned {
+    Layout(Arc<Layout>),
+    Refused(Refusal),
 }
 
 impl Walk {
@@ -64,6 +76,7 @@ impl Walk {
         enricher: Enricher,
         tables: Vec<config::Table>,
         from: Lsn,
+        have: Checkpoint,
     ) -> Self {
         Self {
             enricher,
@@ -77,6 +90,7 @@ impl Walk {
             messages: Messages::default(),
             keep_old: false,
             generations: 0,
+            have,
             resume: from,
             last: None,
             wanted: false,
@@ -250,27 +264,67 @@ impl Walk {
     /// A new schema: plans its events, and tells lookup cache and sinks. The same schema again changes nothing.
     async fn relation(&mut self, relation: Relation, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
         let primary_key = slot::primary_key(&self.client, &relation).await?;
-        if let Some(Known { layout, .. }) = self.layouts.get(&relation.oid)
-            && layout.relation == relation
-            && layout.primary_key == primary_key
-        {
-            return Ok(());
+        let lookup = self.enricher.lookup(&relation.table());
+        let changed = self.follow(lookup, &relation)?;
+        let oid = relation.oid;
+        let same = |known: &Known| known.relation == relation && known.primary_key == primary_key;
+        if !self.layouts.get(&oid).is_some_and(same) {
+            self.messages.refuse_same_name(&relation.table())?;
+            self.refuse_same_name(&relation)?;
+            let known = self.plan(relation, primary_key, lookup, sinks).await?;
+            self.layouts.insert(oid, known);
         }
-        let (oid, table) = (relation.oid, relation.table());
-        self.messages.refuse_same_name(&table)?;
-        self.refuse_same_name(&relation)?;
-        let lookup = self.enricher.lookup(&table);
-        if let Some(lookup) = lookup {
-            let next = self.assembler.next().unwrap_or(Position { commit_lsn: self.resume, ordinal: 0 });
-            self.enricher.relation(lookup, &relation, next)?;
+        if changed { self.plan_again(oid, sinks).await } else { Ok(()) }
+    }
+
+    /// Tells the lookup cache of a schema; says whether the events that a lookup table enriches have to be planned anew.
+    fn follow(&mut self, lookup: Option<usize>, relation: &Relation) -> Result<bool> {
+        let next = self.assembler.next().unwrap_or(Position { commit_lsn: self.resume, ordinal: 0 });
+        let xid = self.assembler.xid();
+        match lookup {
+            Some(lookup) => self.enricher.relation(lookup, relation, next, xid),
+            None => self.enricher.require_no_lookup(relation, next, xid).map(|()| false),
         }
+    }
+
+    async fn plan(
+        &mut self,
+        relation: Relation,
+        primary_key: Vec<usize>,
+        lookup: Option<usize>,
+        sinks: &mut [Box<dyn Sink>],
+    ) -> Result<Known> {
+        let table = relation.table();
         let config = self.tables.iter().find(|t| t.name == table);
-        let layout = Arc::new(self.enricher.layout(self.generations, relation, primary_key, config)?);
-        self.generations += 1;
-        for sink in sinks {
-            sink.prepare(&layout).await?;
+        let planned = match self.enricher.layout(self.generations, relation.clone(), primary_key.clone(), config) {
+            Ok(layout) => {
+                let layout = Arc::new(layout);
+                self.generations += 1;
+                for sink in sinks {
+                    sink.prepare(&layout).await?;
+                }
+                Planned::Layout(layout)
+            }
+            Err(Error::Refused(refusal)) => Planned::Refused(refusal),
+            Err(error) => return Err(error),
+        };
+        Ok(Known { relation, primary_key, planned, lookup })
+    }
+
+    /// A lookup table has changed its columns' types: the events that it enriches look different from here on.
+    async fn plan_again(&mut self, changed: u32, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
+        let Some(table) = self.layouts.get(&changed).map(|known| known.relation.table()) else { return Ok(()) };
+        let joins = |name: &str| {
+            self.tables.iter().any(|t| t.name == name && t.lookup.as_ref().is_some_and(|l| l.table == table))
+        };
+        let of = |known: &Known| joins(&known.relation.table());
+        let dependent: Vec<u32> = self.layouts.iter().filter(|(_, known)| of(known)).map(|(oid, _)| *oid).collect();
+        for oid in dependent {
+            if let Some(Known { relation, primary_key, lookup, .. }) = self.layouts.remove(&oid) {
+                let known = self.plan(relation, primary_key, lookup, sinks).await?;
+                self.layouts.insert(oid, known);
+            }
         }
-        self.layouts.insert(oid, Known { layout, lookup });
         Ok(())
     }
 
@@ -278,7 +332,7 @@ impl Walk {
     /// A table that was dropped and made anew has another oid, but the same schema and name: that is the same table.
     fn refuse_same_name(&self, relation: &Relation) -> Result<()> {
         let clash = |known: &Known| {
-            let other = &known.layout.relation;
+            let other = &known.relation;
             other.table() == relation.table()
                 && (&other.namespace, &other.name) != (&relation.namespace, &relation.name)
         };
@@ -303,11 +357,16 @@ impl Walk {
                 change.at, change.relation
             )));
         };
-        let event = event(&mut self.enricher, &mut self.scratch, &known.layout, change, self.keep_old)?;
-        sinks.iter_mut().try_for_each(|sink| sink.push(&event))?;
-        drop(event);
+        match &known.planned {
+            Planned::Layout(layout) => {
+                let event = event(&mut self.enricher, &mut self.scratch, layout, change, self.keep_old)?;
+                sinks.iter_mut().try_for_each(|sink| sink.push(&event))?;
+            }
+            Planned::Refused(_) if self.have.has(change.at) => {}
+            Planned::Refused(refusal) => return Err(Error::Refused(refusal.clone())),
+        }
         if let Some(lookup) = known.lookup {
-            self.enricher.fold(lookup, &known.layout.relation, change)?;
+            self.enricher.fold(lookup, &known.relation, change)?;
         }
         self.last = Some(change.at);
         self.events += 1;

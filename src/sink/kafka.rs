@@ -32,7 +32,7 @@ use crate::value::Converted;
 use commit::{Committer, Piece, Record, Records, producer};
 pub use limit::require_room;
 use limit::{Limit, write_note};
-use position::{read_position, require};
+use position::{read_position, require, require_table};
 
 /// What is buffered is handed to the producing thread in pieces of about this size.
 const PIECE: usize = 256 << 10;
@@ -107,7 +107,8 @@ impl Sink for KafkaSink {
         if !self.known.contains(&topic) {
             let config = Arc::clone(&self.config);
             let topics = tokio::task::spawn_blocking(move || kafka::topics(&config.kafka, kafka::TIMEOUT)).await;
-            require(&topics.map_err(|e| Error::fatal("looking up a topic", e))??, &topic)?;
+            let topics = topics.map_err(|e| Error::fatal("looking up a topic", e))??;
+            require_table(&topics, &topic, layout, &self.config.kafka)?;
             self.known.insert(topic.clone());
         }
         let index = index(layout);

@@ -20,6 +20,10 @@ pub struct SlotState {
     pub confirmed_flush_lsn: Lsn,
     /// `reserved`, `extended`, `unreserved` or `lost`.
     pub wal_status: Option<String>,
+    /// Why it is lost, from Postgres 17 on: `wal_removed`, `rows_removed`, `wal_level_insufficient`, `idle_timeout`.
+    pub invalidation: Option<String>,
+    /// Postgres copies it to its standbys (17 and later).
+    pub failover: bool,
 }
 
 /// Reads the slot; `None` when there is none of that name.
@@ -27,8 +31,11 @@ pub struct SlotState {
 /// # Errors
 /// [`Error::Unreachable`] when the connection is lost.
 pub async fn read(client: &Client, slot: &str) -> Result<Option<SlotState>> {
-    let sql = "SELECT plugin::text, database::text, active_pid, confirmed_flush_lsn::text, wal_status::text \
-               FROM pg_catalog.pg_replication_slots WHERE slot_name::text = $1 AND slot_type = 'logical'";
+    // The last two came with Postgres 17; to_jsonb gives NULL where there is no such column.
+    let sql = "SELECT plugin::text, database::text, active_pid, confirmed_flush_lsn::text, wal_status::text, \
+               pg_catalog.to_jsonb(s) ->> 'invalidation_reason', \
+               coalesce((pg_catalog.to_jsonb(s) ->> 'failover')::bool, false) \
+               FROM pg_catalog.pg_replication_slots s WHERE slot_name::text = $1 AND slot_type = 'logical'";
     let Some(row) = client.query_opt(sql, &[&slot]).await.map_err(lost)? else { return Ok(None) };
     Ok(Some(SlotState {
         plugin: row.get(0),
@@ -36,6 +43,8 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<SlotState>> {
         active_pid: row.get(2),
         confirmed_flush_lsn: parse_lsn(row.get::<_, Option<&str>>(3).unwrap_or("0/0"))?,
         wal_status: row.get(4),
+        invalidation: row.get(5),
+        failover: row.get(6),
     }))
 }
 
@@ -69,13 +78,23 @@ pub fn require(slot: &str, state: Option<SlotState>, database: &str) -> Result<S
     }
     if state.wal_status.as_deref() == Some("lost") {
         return Err(refuse(
-            format!(
-                "slot \"{slot}\" is lost: Postgres has removed WAL that was not acknowledged (max_slot_wal_keep_size)"
-            ),
+            format!("slot \"{slot}\" is lost: {}", why_lost(state.invalidation.as_deref())),
             "changes are missing for good; drop the slot, choose another pipeline name, falaj init, and backfill",
         ));
     }
     Ok(state)
+}
+
+fn why_lost(invalidation: Option<&str>) -> &str {
+    match invalidation {
+        None | Some("wal_removed") => "Postgres has removed WAL that was not acknowledged (max_slot_wal_keep_size)",
+        Some("rows_removed") => {
+            "the primary has removed catalogue rows that decoding needs (hot_standby_feedback was off)"
+        }
+        Some("wal_level_insufficient") => "wal_level was below logical for a while",
+        Some("idle_timeout") => "it was not read for idle_replication_slot_timeout",
+        Some(other) => other,
+    }
 }
 
 /// Refuses a sink's position that does not fit the slot: nothing may be skipped, and nothing invented.
@@ -179,8 +198,10 @@ pub async fn wire_form(client: &Client, publication: &str) -> Result<WireForm> {
 }
 
 /// Indexes, in column order, of the columns that a relation's rows are known by: the primary key. Under the default identity
-/// the stream says it; else the catalogue does. Where deletes do not bring the primary key (REPLICA IDENTITY USING INDEX of
-/// other columns), they are the index's columns, so that every change of a row has the same key.
+/// the stream says it, as of the rows; else the catalogue says what it is now. Where deletes do not bring the primary key
+/// (REPLICA IDENTITY USING INDEX of other columns), they are the index's columns, so that every change of a row has the same
+/// key. Where the key has been changed since, so that the rows lack a column of it, they have the columns of the identity
+/// index, or no key: never a part of one.
 ///
 /// # Errors
 /// [`Error::Unreachable`] when the connection is lost.
@@ -193,9 +214,13 @@ pub async fn primary_key(client: &Client, relation: &Relation) -> Result<Vec<usi
                JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[]) \
                WHERE i.indrelid = $1 AND i.indisprimary ORDER BY a.attnum";
     let rows = client.query(sql, &[&relation.oid]).await.map_err(lost)?;
-    let primary: Vec<usize> = rows.iter().filter_map(|row| relation.index_of(row.get(0))).collect();
-    let is_brought = !primary.is_empty() && primary.iter().all(|i| relation.columns[*i].identity);
-    Ok(if relation.replica_identity == b'i' && !is_brought { identity() } else { primary })
+    let now: Option<Vec<usize>> = rows.iter().map(|row| relation.index_of(row.get(0))).collect();
+    let is_brought = |key: &[usize]| !key.is_empty() && key.iter().all(|i| relation.columns[*i].identity);
+    Ok(match now {
+        Some(key) if relation.replica_identity != b'i' || is_brought(&key) => key,
+        _ if relation.replica_identity == b'i' => identity(),
+        _ => Vec::new(),
+    })
 }
 
 fn parse_lsn(text: &str) -> Result<Lsn> {
@@ -225,6 +250,8 @@ mod tests {
             active_pid: None,
             confirmed_flush_lsn: Lsn(100),
             wal_status: Some("reserved".into()),
+            invalidation: None,
+            failover: false,
         }
     }
 

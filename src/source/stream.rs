@@ -241,8 +241,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<S> {
             match tag {
                 b'd' => wanted |= self.note(end - length + 4)?,
                 b'E' => return Err(server_error(payload)),
+                b'N' if skips_changes(payload) => return Err(refused(ErrorFields::parse(payload).to_error_string())),
                 b'c' => return Err(broken("the server has ended the stream")),
-                // Notices and parameter changes stand between data messages and say nothing about them.
+                // Other notices and parameter changes stand between data messages and say nothing about them.
                 _ => {
                     let mut tail = self.buffer.split_off(self.scanned);
                     tail.advance(end - self.scanned);
@@ -366,19 +367,30 @@ fn broken(why: impl ToString) -> Error {
     Error::unreachable("the replication stream", why.to_string())
 }
 
+/// From Postgres 18 on a publication that is not there (55000, "skipped loading publication") is a warning, and the rows that
+/// it would have published are passed over: before, it was an error.
+fn skips_changes(notice: &[u8]) -> bool {
+    ErrorFields::parse(notice).code.as_deref() == Some("55000")
+}
+
 /// 42704: the publication has gone; 42501: a right was taken away; 0A000: the server cannot do what was asked.
 fn server_error(payload: &[u8]) -> Error {
     let fields = ErrorFields::parse(payload);
     let (code, text) = (fields.code.clone().unwrap_or_default(), fields.to_error_string());
-    if matches!(code.as_str(), "42704" | "42501" | "0A000") {
-        return Error::refused(
-            "replication",
-            text,
-            "the publication and the rights that the stream started with",
-            "falaj check",
-        );
+    match code.as_str() {
+        "42704" | "42501" | "0A000" => refused(text),
+        _ => broken(text),
     }
-    broken(text)
+}
+
+fn refused(text: String) -> Error {
+    Error::refused(
+        "replication",
+        text,
+        "the publication and the rights that the stream started with",
+        "falaj check. Where the publication was dropped and made again, what was written in between cannot be decoded: start \
+         anew (another pipeline name, drop the slot, falaj init)",
+    )
 }
 
 #[cfg(test)]

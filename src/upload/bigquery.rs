@@ -204,6 +204,14 @@ impl BigQuery {
         self.query(sql).await.map(|_| ())
     }
 
+    /// Lets a column of a table (`project.dataset.table`) hold NULL.
+    ///
+    /// # Errors
+    /// As [`BigQuery::job`].
+    pub async fn drop_not_null(&self, table: &str, column: &str) -> Result<()> {
+        self.query(format!("ALTER TABLE `{table}` ALTER COLUMN `{column}` DROP NOT NULL")).await.map(|_| ())
+    }
+
     /// The highest position among a table's rows; `None` when it has none.
     ///
     /// # Errors

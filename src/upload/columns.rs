@@ -82,29 +82,93 @@ pub fn null_type(kind: &FieldType) -> Option<DataType> {
     })
 }
 
-/// The columns of a job: the file's, as the table knows them, then those that only the table has.
+/// A column that a table cannot take, and the SQL that lets loading go on.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Clash {
+    /// What is wrong.
+    pub found: String,
+    /// What to run.
+    pub fix: String,
+}
+
+/// The columns of a job: the file's, as the table knows them, then those that only the table has. `clustered` are the columns
+/// by which the table (`project.dataset.table`) is clustered.
 ///
 /// # Errors
-/// A column whose type in the table is another one, or that the table needs and the file lacks.
-pub fn unite(file: Vec<TableFieldSchema>, table: Vec<TableFieldSchema>) -> Result<Vec<TableFieldSchema>, String> {
-    let mut rest = table;
+/// A column whose type in the table is another one.
+pub fn unite(
+    file: Vec<TableFieldSchema>,
+    known: Vec<TableFieldSchema>,
+    table: &str,
+    clustered: &[String],
+) -> Result<Vec<TableFieldSchema>, Clash> {
+    let mut rest = known;
     let mut all = Vec::new();
     for field in file {
         let Some(at) = rest.iter().position(|f| f.name.to_lowercase() == field.name.to_lowercase()) else {
             all.push(field);
             continue;
         };
-        let known = rest.remove(at);
-        if !same_type(&field, &known) {
-            return Err(format!("column {:?} is {:?}, and {:?} in the table", field.name, field.r#type, known.r#type));
+        if !same_type(&field, &rest[at]) {
+            let taken = |name: &str| all.iter().chain(&rest).any(|f| f.name.to_lowercase() == name.to_lowercase());
+            return Err(clash(&field, &rest[at], table, clustered, taken));
         }
-        all.push(known);
-    }
-    if let Some(needed) = rest.iter().find(|f| f.mode.as_deref() == Some("REQUIRED")) {
-        return Err(format!("column {:?} is REQUIRED in the table, and there is none", needed.name));
+        all.push(rest.remove(at));
     }
     all.extend(rest);
     Ok(all)
+}
+
+/// Names of the columns that a table requires and that the stream may bring as NULL, or does not know any more.
+pub fn too_strict(schema: &Schema, known: &[TableFieldSchema]) -> Vec<String> {
+    let held = |name: &str| {
+        let names = column_names(schema).unwrap_or_default();
+        let at = names.iter().position(|n| n.to_lowercase() == name.to_lowercase());
+        at.is_some_and(|at| !schema.field(at).is_nullable())
+    };
+    let required = known.iter().filter(|f| f.mode.as_deref() == Some("REQUIRED"));
+    required.filter(|f| !held(&f.name)).map(|f| f.name.clone()).collect()
+}
+
+/// A type is widened in place where BigQuery can do that; else what has been loaded keeps its type under another name, and
+/// the new type begins with an empty column, or, where a column cannot be renamed, with an empty table.
+fn clash(
+    file: &TableFieldSchema,
+    known: &TableFieldSchema,
+    table: &str,
+    clustered: &[String],
+    taken: impl Fn(&str) -> bool,
+) -> Clash {
+    let (name, was, is) = (&known.name, sql_type(known), sql_type(file));
+    let found = format!("column {name:?} is {is} now, and {was} in the table");
+    let free =
+        |old: String| (1..).map(|n| if n == 1 { old.clone() } else { format!("{old}{n}") }).find(|name| !taken(name));
+    let sql = if widens(&was, &is) {
+        format!("ALTER TABLE `{table}` ALTER COLUMN `{name}` SET DATA TYPE {is};")
+    } else if clustered.contains(name) {
+        let bare = table.rsplit('.').next().unwrap_or(table);
+        format!(
+            "ALTER TABLE `{table}` RENAME TO `{bare}_{}`; (the table is clustered by the column)",
+            was.to_lowercase()
+        )
+    } else {
+        let old = free(format!("{name}_{}", was.to_lowercase())).unwrap_or_default();
+        format!("ALTER TABLE `{table}` RENAME COLUMN `{name}` TO `{old}`;")
+    };
+    Clash {
+        found,
+        fix: format!("run in BigQuery: {sql} Then this table's loads go on by themselves with the rows that wait"),
+    }
+}
+
+/// What `ALTER COLUMN SET DATA TYPE` allows, of the types that falaj makes.
+fn widens(was: &str, is: &str) -> bool {
+    matches!(
+        (was, is),
+        ("INT64", "NUMERIC" | "BIGNUMERIC" | "FLOAT64")
+            | ("NUMERIC", "BIGNUMERIC" | "FLOAT64")
+            | ("BIGNUMERIC", "FLOAT64")
+    )
 }
 
 /// BigQuery's names of some of a schema's columns; empty when one of them is not there.
@@ -124,14 +188,18 @@ pub fn clustering(key: &[String], schema: &Schema, fields: &[TableFieldSchema]) 
 
 /// Whether two fields hold the same type under BigQuery's two spellings of it.
 fn same_type(a: &TableFieldSchema, b: &TableFieldSchema) -> bool {
-    let word = |f: &TableFieldSchema| match f.r#type {
-        FieldType::Int64 => "Integer".to_owned(),
-        FieldType::Float64 => "Float".to_owned(),
-        FieldType::Bool => "Boolean".to_owned(),
-        ref other => format!("{other:?}"),
+    sql_type(a) == sql_type(b)
+}
+
+/// The type as SQL spells it.
+fn sql_type(field: &TableFieldSchema) -> String {
+    let word = match field.r#type {
+        FieldType::Integer => "INT64".to_owned(),
+        FieldType::Float => "FLOAT64".to_owned(),
+        FieldType::Boolean => "BOOL".to_owned(),
+        ref other => format!("{other:?}").to_uppercase(),
     };
-    let repeated = |f: &TableFieldSchema| f.mode.as_deref() == Some("REPEATED");
-    word(a) == word(b) && repeated(a) == repeated(b)
+    if field.mode.as_deref() == Some("REPEATED") { format!("ARRAY<{word}>") } else { word }
 }
 
 /// Column names as BigQuery takes them, in the schema's order: what it forbids becomes `_`.
@@ -199,8 +267,9 @@ fn map_chars(name: &str, allowed: impl Fn(char) -> bool) -> String {
 /// The view's query: of each primary key the row with the highest position, unless that is a delete or a truncate came after it.
 ///
 /// An unchanged TOAST column has the value of the last row that carries it, and a key that was changed into another one is
-/// gone. `table` is `project.dataset.table`, `primary_key` has the names of each key column in Postgres and in BigQuery,
-/// `fields` are the table's columns; `_id` sorts as the position.
+/// gone. Rows from before the key had one of its columns have none of these keys. `table` is `project.dataset.table`,
+/// `primary_key` has the names of each key column in Postgres and in BigQuery, `fields` are the table's columns; `_id` sorts as
+/// the position.
 pub fn view_query(table: &str, primary_key: &[(String, String)], fields: &[TableFieldSchema]) -> String {
     let key: Vec<String> = primary_key.iter().map(|(_, name)| format!("`{name}`")).collect();
     let newest_first = format!("PARTITION BY {} ORDER BY _id DESC", key.join(", "));
@@ -218,9 +287,10 @@ pub fn view_query(table: &str, primary_key: &[(String, String)], fields: &[Table
         true => (moved_keys(table, primary_key), " AND (_falaj_moved IS NULL OR _id > _falaj_moved)"),
         false => (String::new(), ""),
     };
+    let keyed: String = key.iter().map(|c| format!(" AND source.{c} IS NOT NULL")).collect();
     format!(
         "SELECT source.*{replace} FROM `{table}` AS source{moved}\n\
-         WHERE _op != 't'{stayed} AND _id > (SELECT COALESCE(MAX(_id), '') FROM `{table}` WHERE _op = 't')\n\
+         WHERE _op != 't'{stayed}{keyed} AND _id > (SELECT COALESCE(MAX(_id), '') FROM `{table}` WHERE _op = 't')\n\
          QUALIFY ROW_NUMBER() OVER ({newest_first}) = 1 AND _op != 'd'"
     )
 }
@@ -304,6 +374,41 @@ mod tests {
             "column \"n\" is UInt64, which BigQuery cannot hold"
         );
         assert!(fields(&schema(&[("n", DataType::Decimal256(76, 0))])).is_err());
+    }
+
+    #[test]
+    fn a_type_that_the_table_cannot_take_is_told_with_the_sql_that_lets_it() {
+        use FieldType::{Date, Int64, Integer, Numeric, String};
+        let field = |name: &str, kind, mode: &str| TableFieldSchema {
+            mode: Some(mode.into()),
+            ..TableFieldSchema::new(name, kind)
+        };
+        let plain = |name: &str, kind| field(name, kind, "NULLABLE");
+        let unite = |file, known| unite(vec![file], known, "p.d.t", &["key".to_owned()]);
+        let numbered = vec![plain("N", Int64), plain("n_int64", String)];
+        for (file, known, sql) in [
+            (
+                plain("n", Numeric),
+                vec![plain("n", Integer)],
+                "ALTER TABLE `p.d.t` ALTER COLUMN `n` SET DATA TYPE NUMERIC;",
+            ),
+            (plain("n", Integer), vec![plain("n", String)], "ALTER TABLE `p.d.t` RENAME COLUMN `n` TO `n_string`;"),
+            (plain("n", String), numbered, "ALTER TABLE `p.d.t` RENAME COLUMN `N` TO `N_int642`;"),
+            (plain("key", String), vec![plain("key", Integer)], "ALTER TABLE `p.d.t` RENAME TO `t_int64`;"),
+        ] {
+            let clash = unite(file, known).unwrap_err();
+            assert!(clash.fix.starts_with(&format!("run in BigQuery: {sql} ")), "{}", clash.fix);
+        }
+        let clash = unite(plain("n", String), vec![plain("N", Int64)]).unwrap_err();
+        assert_eq!(clash.found, "column \"N\" is STRING now, and INT64 in the table");
+        let file = Schema::new(vec![Field::new("n", DataType::Int64, true), Field::new("_id", DataType::Utf8, false)]);
+        let known = [
+            field("_id", String, "REQUIRED"),
+            field("N", Int64, "REQUIRED"),
+            field("gone", Date, "REQUIRED"),
+            plain("m", Date),
+        ];
+        assert_eq!(too_strict(&file, &known), ["N", "gone"]);
     }
 
     #[test]

@@ -164,18 +164,19 @@ impl TableLoad<'_> {
 
     /// Makes the table where it is absent. The columns of a job: those of the file, then those that only the table has.
     async fn ensure_table(&self, chain: &Chain<'_>, source: &Source) -> Result<Vec<TableFieldSchema>> {
-        let refused = |why: String| {
+        let refused = |why: String, fix: String| {
             Error::refused(
                 "bigquery_table",
                 format!("table {:?} ({}): {why}", self.table, source.path.display()),
                 "columns that BigQuery can hold, of the types that its table has",
-                "mend the column in Postgres or in BigQuery, or load into another data set (bigquery.dataset)",
+                fix,
             )
         };
         if chain::owner(&source.origin, self.table) != chain.owner {
             return Err(mixed(source));
         }
-        let wanted = columns::fields(source.schema()).map_err(refused)?;
+        let mend = "mend the column in Postgres or in BigQuery, or load into another data set (bigquery.dataset)";
+        let wanted = columns::fields(source.schema()).map_err(|why| refused(why, mend.to_owned()))?;
         let found = match self.world.for_ever(CHECK, || self.service.table(&chain.table_id)).await? {
             Answer::Is(table) => table,
             Answer::Absent | Answer::Exists => {
@@ -185,7 +186,27 @@ impl TableLoad<'_> {
             }
         };
         check_owner(chain, &found)?;
-        columns::unite(wanted, found.schema.fields.unwrap_or_default()).map_err(refused)
+        let BigQuery { project, dataset, .. } = self.service;
+        let name = format!("{project}.{dataset}.{}", chain.table_id);
+        let clustered = found.clustering.and_then(|c| c.fields).unwrap_or_default();
+        let known = self.relax(&name, source, found.schema.fields.unwrap_or_default()).await?;
+        let united = columns::unite(wanted, known, &name, &clustered);
+        united.map_err(|clash| refused(clash.found, clash.fix))
+    }
+
+    /// Lets the table (`project.dataset.table`) hold NULL where the stream may bring it.
+    async fn relax(
+        &self,
+        table: &str,
+        source: &Source,
+        mut known: Vec<TableFieldSchema>,
+    ) -> Result<Vec<TableFieldSchema>> {
+        for name in columns::too_strict(source.schema(), &known) {
+            self.world.for_ever(CHECK, || self.service.drop_not_null(table, &name)).await?;
+            info!(table, column = name, "no longer required: the stream may bring NULL");
+            known.iter_mut().filter(|f| f.name == name).for_each(|f| f.mode = Some("NULLABLE".into()));
+        }
+        Ok(known)
     }
 
     fn new_table(&self, chain: &Chain<'_>, source: &Source, fields: &[TableFieldSchema]) -> Table {

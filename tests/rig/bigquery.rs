@@ -26,7 +26,8 @@ pub async fn rows(pipeline: &Pipeline, columns: &str, table: &str, order: &str) 
     }
 }
 
-async fn query(pipeline: &Pipeline, sql: &str) -> Vec<Row> {
+/// The rows of a query.
+pub async fn query(pipeline: &Pipeline, sql: &str) -> Vec<Row> {
     let url = format!("{}/bigquery/v2/projects/{PROJECT}/queries", pipeline.env[BIGQUERY]);
     let body = serde_json::json!({ "query": sql, "useLegacySql": false, "maxResults": PAGE });
     let answer: Value = reqwest::Client::new().post(url).json(&body).send().await.unwrap().json().await.unwrap();

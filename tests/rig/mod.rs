@@ -49,7 +49,8 @@ impl Servers {
         self
     }
 
-    fn postgres(&self, database: &str) -> String {
+    /// The URL of a database.
+    pub fn postgres(&self, database: &str) -> String {
         let url = &self.0[POSTGRES];
         format!("{}/{database}", url.rsplit_once('/').expect("a URL with a database").0)
     }
@@ -213,6 +214,13 @@ impl Pipeline {
         let end = async || kafka::ends(&self.config, &topic).await[0];
         let before = end().await;
         until("it flows", async || end().await > before + 10).await;
+    }
+
+    /// Writes the configuration file that falaj finds where it is started.
+    pub fn configure(&mut self, toml: &str) {
+        let path = self.dir.path().join("falaj.toml");
+        std::fs::write(&path, toml).unwrap();
+        self.config = Config::load(Some(&path), self.env.clone()).unwrap();
     }
 
     pub fn archive(&self) -> PathBuf {

@@ -1,7 +1,7 @@
 //! Servers of a test's own, so that it may stop and kill them.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Stopped and removed when dropped.
@@ -17,11 +17,19 @@ impl Stack {
 
     /// As [`Stack::up`], with settings of `dev/stack` in its environment.
     pub fn up_with(name: &str, servers: &[&str], env: &[(&str, &str)]) -> Self {
-        let dir = std::env::temp_dir().join(format!("falaj-{name}-{}", std::process::id()));
-        let env = env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        let stack = Self { dir, env };
+        let mut stack = Self::named(name);
+        stack.env = env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         stack.call(&[&["up"], servers].concat());
         stack
+    }
+
+    /// Nothing is started yet.
+    pub fn named(name: &str) -> Self {
+        Self { dir: std::env::temp_dir().join(format!("falaj-{name}-{}", std::process::id())), env: Vec::new() }
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Runs a verb of `dev/stack`.

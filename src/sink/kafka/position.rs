@@ -9,8 +9,9 @@ use rdkafka::message::Message;
 use rdkafka::{Offset, TopicPartitionList};
 use serde::{Deserialize, Serialize};
 
-use crate::config::Config;
+use crate::config::{Config, Kafka};
 use crate::error::{Error, Result};
+use crate::event::Layout;
 use crate::kafka::{TIMEOUT, client, error};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
 
@@ -43,6 +44,29 @@ pub(super) fn require(topics: &BTreeMap<String, usize>, topic: &str) -> Result<(
             "falaj init",
         )),
     }
+}
+
+/// The same for a table that has been published since the start. By now it may have been dropped again: then `init` does not
+/// know it, and its rows are in the stream all the same.
+pub(super) fn require_table(
+    topics: &BTreeMap<String, usize>,
+    topic: &str,
+    layout: &Layout,
+    config: &Kafka,
+) -> Result<()> {
+    if topics.contains_key(topic) {
+        return Ok(());
+    }
+    let (servers, partitions) = (config.servers(), config.partitions);
+    Err(Error::refused(
+        "kafka_topics",
+        format!("the first rows of table {} have come, and topic {topic} does not exist", layout.table),
+        "a topic for each published table, before its first row",
+        format!(
+            "falaj init; where the table is no longer published: kafka-topics.sh --bootstrap-server {servers} --create \
+             --topic {topic} --partitions {partitions}. Then start falaj produce again: nothing is lost, it goes on with these rows"
+        ),
+    ))
 }
 
 /// The last checkpoint record of this slot.
