@@ -79,8 +79,17 @@ pub struct Event<'a> {
     pub layout: &'a Arc<Layout>,
     /// Source, lookup and derived columns; empty for a truncate.
     pub cells: Cells<'a>,
-    /// The old row or key, where an update changed the primary key.
-    pub old_key: Option<Vec<Cell<'a>>>,
+    /// The old primary key, where an update changed it.
+    pub old_key: Option<OldKey<'a>>,
+}
+
+/// The primary key before an update changed it.
+#[derive(Debug)]
+pub enum OldKey<'a> {
+    /// The old row, or as much of it as the replica identity holds.
+    Row(Vec<Cell<'a>>),
+    /// The JSON object that was written of it the first time.
+    Json(&'a str),
 }
 
 impl Event<'_> {
@@ -182,7 +191,14 @@ impl Event<'_> {
     /// # Errors
     /// [`value::BadValue`] when a cell is not of its column's type.
     pub fn write_old_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
-        let Some(old) = &self.old_key else { return Ok(false) };
+        let old = match &self.old_key {
+            None => return Ok(false),
+            Some(OldKey::Json(json)) => {
+                out.extend_from_slice(json.as_bytes());
+                return Ok(true);
+            }
+            Some(OldKey::Row(row)) => row,
+        };
         for (i, at) in self.layout.primary_key.iter().enumerate() {
             let column = &self.layout.columns[*at];
             out.extend_from_slice(if i == 0 { b"{" } else { b"," });
@@ -254,7 +270,7 @@ mod tests {
             Op::Update,
             &[Cell::Text(b"8"), Cell::Text(b"11111111-1111-1111-1111-111111111111"), Cell::Unchanged],
         );
-        e.old_key = Some(vec![Cell::Text(b"7"), Cell::Null, Cell::Null]);
+        e.old_key = Some(OldKey::Row(vec![Cell::Text(b"7"), Cell::Null, Cell::Null]));
         assert!(json(&e).ends_with(r#","_old_key":{"id":7},"_unchanged":["note"]}"#), "{}", json(&e));
         assert!(!json(&e).contains("\"note\":"));
         assert_eq!(key(&e).as_deref(), Some("11111111-1111-1111-1111-111111111111"));

@@ -14,15 +14,18 @@ pub mod value; //       one cell, to the forms the sinks need
 pub mod change; //      numbered changes
 pub mod enrich; //      the lookup fold, derived columns
 pub mod event; //       one event and its bytes
-pub mod sink; //        outlets of produce
+pub mod playback;
+pub mod sink; //        outlets of produce //    the archive read back: Parquet → events
 
+pub mod bookmark;
 pub mod check; //       every requirement: found, needed, fix
-pub mod init; //        publication, topics, slot, first lookup state
+pub mod init; //        publication, topics, slot, first lookup state //    a copy of the slot, with its lookup rows
 
 pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
 pub mod generate; //    seeded load
 pub mod mock_external; // the simulated outside system
 pub mod produce; //     slot → sinks: the one loop
+pub mod replay; //      archive → a sink, once more
 pub mod upload; //      archive → BigQuery
 
 pub mod demo; //        the whole system in one terminal

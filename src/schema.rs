@@ -1,7 +1,10 @@
 //! Relations as the stream describes them, and the types whose values falaj knows by name.
 
+use serde::{Deserialize, Serialize};
+
 /// A column's type. Everything that is not listed is carried as Postgres's own text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Type {
     /// `boolean`
     Bool,
@@ -40,7 +43,8 @@ pub enum Type {
 }
 
 /// Element types of arrays that are not simply strings in JSON.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Element {
     /// `boolean[]`
     Bool,

@@ -12,7 +12,7 @@ use crate::change::{Assembler, Change, Op, RowChange, Step};
 use crate::config;
 use crate::enrich::Enricher;
 use crate::error::{Error, Result};
-use crate::event::{Cells, Event, Layout};
+use crate::event::{Cells, Event, Layout, OldKey};
 use crate::lsn::{Checkpoint, Lsn, Position};
 use crate::pgoutput::{self, Cell, Old, Tuple};
 use crate::schema::Relation;
@@ -312,7 +312,7 @@ fn compare<'a>(old: Old<'a>, at: Position, event: &mut Event<'a>) -> Result<()> 
     }
     let differs = |i: &usize| before[*i] != event.cells[*i] && event.cells[*i] != Cell::Unchanged;
     if event.layout.primary_key.iter().any(differs) {
-        event.old_key = Some(before.into_vec());
+        event.old_key = Some(OldKey::Row(before.into_vec()));
     }
     Ok(())
 }

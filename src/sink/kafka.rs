@@ -4,6 +4,7 @@
 //! read_committed, to its end. A transaction larger than the limit flows as several: the position has the ordinal.
 
 mod commit;
+pub mod copy;
 mod position;
 
 use std::collections::BTreeSet;
@@ -59,9 +60,7 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String
     // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
     let committer = Committer::new(producer, &config, identity.clone());
-    let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
-    let (topics, bytes, records) = Default::default();
-    let sink = Box::new(KafkaSink { config, worker, start, topics, known, bytes, records });
+    let sink = Box::new(KafkaSink::start(config, committer, start, known)?);
     Ok(Opened { sink, position: position.map(Stored) })
 }
 
@@ -152,6 +151,12 @@ impl Sink for KafkaSink {
 }
 
 impl KafkaSink {
+    fn start(config: Arc<Config>, committer: Committer, start: Checkpoint, known: BTreeSet<String>) -> Result<Self> {
+        let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
+        let (topics, bytes, records) = Default::default();
+        Ok(Self { config, worker, start, topics, known, bytes, records })
+    }
+
     async fn hand_over(&mut self, checkpoint: Checkpoint, now: bool) -> Result<()> {
         let capacity = self.bytes.len();
         let bytes = std::mem::replace(&mut self.bytes, Vec::with_capacity(capacity));

@@ -1,0 +1,208 @@
+//! A range of the archive over all its tables, merged into the order of the stream.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+use std::path::Path;
+use std::sync::Arc;
+
+use super::rows::Rows;
+use crate::archive::{Batch, bound};
+use crate::error::{Error, Result};
+use crate::event::Layout;
+use crate::lsn::{Lsn, Position, SlotIdentity};
+
+/// What all open files together may hold decoded, in bytes.
+const HELD: usize = 8 << 20;
+
+/// Commit LSNs, both inclusive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// The first.
+    pub from: Lsn,
+    /// The last.
+    pub to: Lsn,
+}
+
+impl Range {
+    fn has(&self, at: Position) -> bool {
+        (self.from..=self.to).contains(&at.commit_lsn)
+    }
+}
+
+/// The events of a range, each table's files merged by position. Batches are opened when their turn comes.
+pub struct Events {
+    range: Range,
+    table: Option<String>,
+    /// Batches that are not open yet, oldest first, each with the last row of the streamed batch before it.
+    waiting: VecDeque<(Batch, Option<Position>)>,
+    /// Files with rows left; `None` where one has ended.
+    files: Vec<Option<Rows>>,
+    /// The next row of each file but the current one.
+    next: BinaryHeap<Reverse<(Position, usize)>>,
+    current: Option<usize>,
+    last: Option<Position>,
+    layouts: Vec<Arc<Layout>>,
+    slot: Option<SlotIdentity>,
+    opened: u64,
+}
+
+impl Events {
+    /// The events of the batches (all that the archive has, oldest first) whose commits lie in `range`; of one table, or
+    /// of all.
+    pub fn new(batches: Vec<Batch>, range: Range, table: Option<&str>) -> Self {
+        let mut before = None;
+        let waiting = batches.into_iter().map(|batch| {
+            let previous = before;
+            if batch.is_streamed() {
+                before = Some(batch.last);
+            }
+            (batch, previous)
+        });
+        let wanted =
+            |(batch, _): &(Batch, _)| batch.last.commit_lsn >= range.from && batch.first.commit_lsn <= range.to;
+        let waiting = waiting.filter(wanted).collect();
+        let (files, next, current, last, layouts, slot, opened) = Default::default();
+        let table = table.map(str::to_owned);
+        Self { range, table, waiting, files, next, current, last, layouts, slot, opened }
+    }
+
+    /// Reads the list of batches and begins. Blocking, as [`Events::advance`] is.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] when the archive cannot be listed.
+    pub fn open(dir: &Path, range: Range, table: Option<&str>) -> Result<Self> {
+        Ok(Self::new(super::batches(dir)?, range, table))
+    }
+
+    /// Batches opened so far.
+    pub fn batches(&self) -> u64 {
+        self.opened
+    }
+
+    /// Moves to the next event and gives the file that stands at it; `None` at the end of the range.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] for a file that cannot be read; [`Error::Refused`] for a batch that is missing or of another stream.
+    pub fn advance(&mut self) -> Result<Option<&Rows>> {
+        loop {
+            if let Some(file) = self.current.take() {
+                self.step(file)?;
+            }
+            self.open_due()?;
+            let Some(Reverse((at, file))) = self.next.pop() else { return Ok(None) };
+            self.current = Some(file);
+            if at.commit_lsn > self.range.to {
+                return Ok(None);
+            }
+            if self.last.is_some_and(|last| at < last) {
+                return Err(Error::Fatal(format!(
+                    "the archive is out of order: {at} stands in a batch behind its own"
+                )));
+            }
+            self.last = Some(at);
+            if self.range.has(at) {
+                return Ok(self.files[file].as_ref());
+            }
+        }
+    }
+
+    fn step(&mut self, file: usize) -> Result<()> {
+        let Some(rows) = &mut self.files[file] else { return Ok(()) };
+        match rows.advance()? {
+            Some(at) => self.next.push(Reverse((at, file))),
+            None => self.files[file] = None,
+        }
+        Ok(())
+    }
+
+    /// Opens every batch that may hold the smallest position: a copy's batches lie within the range of streamed ones.
+    fn open_due(&mut self) -> Result<()> {
+        let due = |first: Position, next: Option<&Reverse<(Position, usize)>>| next.is_none_or(|n| first <= n.0.0);
+        while self.waiting.front().is_some_and(|(batch, _)| due(batch.first, self.next.peek())) {
+            if let Some((batch, previous)) = self.waiting.pop_front() {
+                self.open_batch(&batch, previous)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn open_batch(&mut self, batch: &Batch, previous: Option<Position>) -> Result<()> {
+        let files = batch.files()?;
+        let share = HELD / files.len().max(1);
+        self.opened += 1;
+        for (number, file) in files.iter().enumerate() {
+            let wanted = self.table.as_ref().is_none_or(|table| *table == file.table);
+            if !wanted && number > 0 {
+                continue;
+            }
+            let mut rows = Rows::open(file, self.layouts.len() as u32, share)?;
+            self.require_stream(batch, &rows)?;
+            if number == 0 && batch.is_streamed() {
+                require_chain(batch, rows.footer().previous, previous)?;
+            }
+            if wanted {
+                rows.share(self.layout(&rows));
+                self.add(rows)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, mut rows: Rows) -> Result<()> {
+        let Some(at) = rows.advance()? else { return Ok(()) };
+        let free = self.files.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.files.push(None);
+            self.files.len() - 1
+        });
+        self.files[free] = Some(rows);
+        self.next.push(Reverse((at, free)));
+        Ok(())
+    }
+
+    /// The same layout for all files of one table and schema, so that the sinks see a new one only when it is new.
+    fn layout(&mut self, rows: &Rows) -> Arc<Layout> {
+        let found = rows.layout();
+        let same = |known: &&Arc<Layout>| {
+            known.table == found.table
+                && known.columns == found.columns
+                && known.primary_key == found.primary_key
+                && known.key == found.key
+        };
+        if let Some(known) = self.layouts.iter().find(same) {
+            return Arc::clone(known);
+        }
+        self.layouts.push(Arc::clone(found));
+        Arc::clone(found)
+    }
+
+    fn require_stream(&mut self, batch: &Batch, rows: &Rows) -> Result<()> {
+        let found = &rows.footer().slot;
+        match self.slot.get_or_insert_with(|| found.clone()) {
+            slot if slot == found => Ok(()),
+            slot => Err(Error::refused(
+                "archive_identity",
+                format!("{} is of {found}, batches before it are of {slot}", batch.path.display()),
+                "one archive directory a pipeline and slot: positions of two streams cannot be compared",
+                "move the files of the other one to a directory of their own",
+            )),
+        }
+    }
+}
+
+/// Each batch names the row before it, so that one that was taken away is not passed over.
+fn require_chain(batch: &Batch, named: Option<Position>, found: Option<Position>) -> Result<()> {
+    let show = |at: Option<Position>| at.map_or("nothing".to_owned(), |at| format!("the row {at} ({})", bound(at)));
+    // What lies before the oldest batch that is kept is not asked for.
+    if found.is_none() || named == found {
+        return Ok(());
+    }
+    Err(Error::refused(
+        "archive_gap",
+        format!("{} follows {}, the batch before it ends with {}", batch.path.display(), show(named), show(found)),
+        "every batch of the range",
+        format!(
+            "put the missing batch back, or --from {} (what lies before it is then left out)",
+            batch.first.commit_lsn
+        ),
+    ))
+}
