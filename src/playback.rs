@@ -8,6 +8,8 @@ mod column;
 mod events;
 mod footer;
 mod rows;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 

@@ -5,6 +5,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
+use super::footer::Footer;
 use super::rows::Rows;
 use crate::archive::{Batch, bound};
 use crate::error::{Error, Result};
@@ -27,14 +28,19 @@ impl Range {
     fn has(&self, at: Position) -> bool {
         (self.from..=self.to).contains(&at.commit_lsn)
     }
+
+    /// Whether a batch may hold rows of the range.
+    pub fn overlaps(&self, batch: &Batch) -> bool {
+        batch.last.commit_lsn >= self.from && batch.first.commit_lsn <= self.to
+    }
 }
 
 /// The events of a range, each table's files merged by position. Batches are opened when their turn comes.
 pub struct Events {
     range: Range,
     table: Option<String>,
-    /// Batches that are not open yet, oldest first, each with the last row of the streamed batch before it.
-    waiting: VecDeque<(Batch, Option<Position>)>,
+    /// Batches that are not open yet, oldest first.
+    waiting: VecDeque<Batch>,
     /// Files with rows left; `None` where one has ended.
     files: Vec<Option<Rows>>,
     /// The next row of each file but the current one.
@@ -42,36 +48,30 @@ pub struct Events {
     current: Option<usize>,
     last: Option<Position>,
     layouts: Vec<Arc<Layout>>,
-    slot: Option<SlotIdentity>,
     opened: u64,
 }
 
 impl Events {
-    /// The events of the batches (all that the archive has, oldest first) whose commits lie in `range`; of one table, or
-    /// of all.
-    pub fn new(batches: Vec<Batch>, range: Range, table: Option<&str>) -> Self {
-        let mut before = None;
-        let waiting = batches.into_iter().map(|batch| {
-            let previous = before;
-            if batch.is_streamed() {
-                before = Some(batch.last);
-            }
-            (batch, previous)
-        });
-        let wanted =
-            |(batch, _): &(Batch, _)| batch.last.commit_lsn >= range.from && batch.first.commit_lsn <= range.to;
-        let waiting = waiting.filter(wanted).collect();
-        let (files, next, current, last, layouts, slot, opened) = Default::default();
-        let table = table.map(str::to_owned);
-        Self { range, table, waiting, files, next, current, last, layouts, slot, opened }
-    }
-
-    /// Reads the list of batches and begins. Blocking, as [`Events::advance`] is.
+    /// The events of the archive whose commits lie in `range`; of one table, or of all. Looks at the footer of every batch
+    /// in the range before the first event is given out. Blocking, as [`Events::advance`] is.
     ///
     /// # Errors
-    /// [`Error::Fatal`] when the archive cannot be listed.
+    /// [`Error::Refused`] for a batch that is missing or of another stream; [`Error::Fatal`] for one that cannot be read.
     pub fn open(dir: &Path, range: Range, table: Option<&str>) -> Result<Self> {
-        Ok(Self::new(super::batches(dir)?, range, table))
+        let (mut waiting, mut before, mut slot) = (VecDeque::new(), None, None);
+        for batch in super::batches(dir)? {
+            let last = batch.last;
+            if batch.is_streamed() {
+                require_chain(&range, &batch, before)?;
+                before = Some(last);
+            }
+            if range.overlaps(&batch) {
+                require_stream(&batch, &mut slot)?;
+                waiting.push_back(batch);
+            }
+        }
+        let (files, next, current, last, layouts, opened) = Default::default();
+        Ok(Self { range, table: table.map(str::to_owned), waiting, files, next, current, last, layouts, opened })
     }
 
     /// Batches opened so far.
@@ -82,7 +82,7 @@ impl Events {
     /// Moves to the next event and gives the file that stands at it; `None` at the end of the range.
     ///
     /// # Errors
-    /// [`Error::Fatal`] for a file that cannot be read; [`Error::Refused`] for a batch that is missing or of another stream.
+    /// [`Error::Fatal`] for a file that cannot be read.
     pub fn advance(&mut self) -> Result<Option<&Rows>> {
         loop {
             if let Some(file) = self.current.take() {
@@ -118,32 +118,23 @@ impl Events {
     /// Opens every batch that may hold the smallest position: a copy's batches lie within the range of streamed ones.
     fn open_due(&mut self) -> Result<()> {
         let due = |first: Position, next: Option<&Reverse<(Position, usize)>>| next.is_none_or(|n| first <= n.0.0);
-        while self.waiting.front().is_some_and(|(batch, _)| due(batch.first, self.next.peek())) {
-            if let Some((batch, previous)) = self.waiting.pop_front() {
-                self.open_batch(&batch, previous)?;
+        while self.waiting.front().is_some_and(|batch| due(batch.first, self.next.peek())) {
+            if let Some(batch) = self.waiting.pop_front() {
+                self.open_batch(&batch)?;
             }
         }
         Ok(())
     }
 
-    fn open_batch(&mut self, batch: &Batch, previous: Option<Position>) -> Result<()> {
-        let files = batch.files()?;
+    fn open_batch(&mut self, batch: &Batch) -> Result<()> {
+        let mut files = batch.files()?;
+        files.retain(|file| self.table.as_ref().is_none_or(|table| *table == file.table));
         let share = HELD / files.len().max(1);
         self.opened += 1;
-        for (number, file) in files.iter().enumerate() {
-            let wanted = self.table.as_ref().is_none_or(|table| *table == file.table);
-            if !wanted && number > 0 {
-                continue;
-            }
-            let mut rows = Rows::open(file, self.layouts.len() as u32, share)?;
-            self.require_stream(batch, &rows)?;
-            if number == 0 && batch.is_streamed() {
-                require_chain(batch, rows.footer().previous, previous)?;
-            }
-            if wanted {
-                rows.share(self.layout(&rows));
-                self.add(rows)?;
-            }
+        for file in files {
+            let mut rows = Rows::open(&file, self.layouts.len() as u32, share)?;
+            rows.share(self.layout(&rows));
+            self.add(rows)?;
         }
         Ok(())
     }
@@ -174,35 +165,34 @@ impl Events {
         self.layouts.push(Arc::clone(found));
         Arc::clone(found)
     }
+}
 
-    fn require_stream(&mut self, batch: &Batch, rows: &Rows) -> Result<()> {
-        let found = &rows.footer().slot;
-        match self.slot.get_or_insert_with(|| found.clone()) {
-            slot if slot == found => Ok(()),
-            slot => Err(Error::refused(
-                "archive_identity",
-                format!("{} is of {found}, batches before it are of {slot}", batch.path.display()),
-                "one archive directory a pipeline and slot: positions of two streams cannot be compared",
-                "move the files of the other one to a directory of their own",
-            )),
-        }
+fn require_stream(batch: &Batch, slot: &mut Option<SlotIdentity>) -> Result<()> {
+    let found = Footer::of_batch(batch)?.slot;
+    match slot.get_or_insert_with(|| found.clone()) {
+        slot if *slot == found => Ok(()),
+        slot => Err(Error::refused(
+            "archive_identity",
+            format!("{} is of {found}, batches before it are of {slot}", batch.path.display()),
+            "one archive directory a pipeline and slot: positions of two streams cannot be compared",
+            "move the files of the other one to a directory of their own",
+        )),
     }
 }
 
 /// Each batch names the row before it, so that one that was taken away is not passed over.
-fn require_chain(batch: &Batch, named: Option<Position>, found: Option<Position>) -> Result<()> {
-    let show = |at: Option<Position>| at.map_or("nothing".to_owned(), |at| format!("the row {at} ({})", bound(at)));
-    // What lies before the oldest batch that is kept is not asked for.
-    if found.is_none() || named == found {
+fn require_chain(range: &Range, batch: &Batch, before: Option<Position>) -> Result<()> {
+    // A gap before the range is of no concern, and neither is what lies before the oldest batch that is kept.
+    let begin = Position { commit_lsn: range.from, ordinal: 0 };
+    let Some(before) = before.filter(|_| batch.first > begin) else { return Ok(()) };
+    if before.commit_lsn >= range.to || Footer::of_batch(batch)?.previous == Some(before) {
         return Ok(());
     }
+    let next = Lsn(batch.first.commit_lsn.0 + u64::from(batch.first.ordinal > 0));
     Err(Error::refused(
         "archive_gap",
-        format!("{} follows {}, the batch before it ends with {}", batch.path.display(), show(named), show(found)),
+        format!("{} does not follow the batch before it, which ends with {}", batch.path.display(), bound(before)),
         "every batch of the range",
-        format!(
-            "put the missing batch back, or --from {} (what lies before it is then left out)",
-            batch.first.commit_lsn
-        ),
+        format!("put what is missing back, or --from {next} (what lies before it is then left out)"),
     ))
 }

@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use tracing::warn;
 
-use super::walk::Walk;
+use super::walk::{Walk, tables};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::{Checkpoint, Position};
 use crate::playback;
 use crate::sink::kafka::copy::{Copy, open};
 use crate::sink::{Opened, Sink};
-use crate::world::{World, backoff};
+use crate::world::backoff;
 
 /// The sink hands over at least this often.
 const MARK_EVERY: u32 = 256;
@@ -53,17 +53,9 @@ fn into_topic(config: &Config, topic: &str) -> Config {
     config
 }
 
-/// The tables of the range, from the names of its files: nothing is decoded for that.
 fn what(walk: &Walk<'_>, topic: &str) -> Result<Copy> {
-    let World { config, .. } = walk.world;
-    let mut tables = Vec::new();
-    for batch in playback::batches(&config.archive.dir)? {
-        if batch.last.commit_lsn >= walk.range.from && batch.first.commit_lsn <= walk.range.to {
-            tables.extend(batch.files()?.into_iter().map(|file| file.table));
-        }
-    }
-    tables.sort();
-    tables.dedup();
+    let config = &walk.world.config;
+    let tables = tables(walk.world, walk.range)?;
     let kept =
         playback::kept(&config.archive.dir)?.ok_or_else(|| Error::Fatal("the archive has become empty".into()))?;
     let (from, to) = (walk.range.from, walk.range.to);

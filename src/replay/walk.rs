@@ -7,7 +7,7 @@ use tracing::info;
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::lsn::Position;
-use crate::playback::{Events, Range};
+use crate::playback::{Events, Range, batches};
 use crate::world::World;
 
 /// How often progress is told.
@@ -40,6 +40,19 @@ pub(super) struct Tally {
     pub(super) stopped: bool,
     began: Instant,
     told: Instant,
+}
+
+/// The tables of the range, from the names of its files: nothing is decoded for that.
+pub(super) fn tables(world: &World, range: Range) -> Result<Vec<String>> {
+    let mut tables = Vec::new();
+    for batch in batches(&world.config.archive.dir)? {
+        if range.overlaps(&batch) {
+            tables.extend(batch.files()?.into_iter().map(|file| file.table));
+        }
+    }
+    tables.sort();
+    tables.dedup();
+    Ok(tables)
 }
 
 impl<'a> Walk<'a> {

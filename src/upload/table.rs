@@ -20,7 +20,7 @@ use super::record::{Record, Records, Through, Turn, hash};
 use super::{LIST_EVERY, TableFiles, columns, tell};
 use crate::archive::{Batch, DataFile};
 use crate::error::{Error, Result};
-use crate::lsn::Position;
+use crate::lsn::{Lsn, Position};
 use crate::world::{World, backoff};
 
 /// Files are merged into one job up to this size.
@@ -57,6 +57,17 @@ pub struct TableLoad<'a> {
     pub files: &'a TableFiles,
     /// Load everything now, rather than a job every `load_every`.
     pub once: bool,
+    /// A replay into a table of its own; `None` for the stream's.
+    pub copy: Option<Part>,
+}
+
+/// Commit LSNs that a replay loads, both inclusive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The first.
+    pub from: Lsn,
+    /// The last.
+    pub to: Lsn,
 }
 
 /// The next job's files.
@@ -73,7 +84,11 @@ impl TableLoad<'_> {
     /// [`Error::Fatal`] naming the file or the job that failed; [`Error::Refused`] where BigQuery or its table says no.
     pub async fn run(&self, table_id: &str) -> Result<Outcome> {
         let Some(turn) = self.take().await? else { return Ok(Outcome::default()) };
-        let Some((mut record, known, oldest)) = self.find_new(&turn)? else { return Ok(Outcome::default()) };
+        let found = match self.copy {
+            None => self.find_new(&turn)?,
+            Some(part) => self.begin_copy(&turn, table_id, part).await?,
+        };
+        let Some((mut record, known, oldest)) = found else { return Ok(Outcome::default()) };
         if !self.once && !record.wait(self.world.config.bigquery.load_every.0).is_zero() {
             return Ok(Outcome::default());
         }
@@ -118,6 +133,32 @@ impl TableLoad<'_> {
         Ok(Some((Record::new(self.table, &self.service.target(), &owner), false, source)))
     }
 
+    /// A replay's record, and the oldest file that is new by it. The table has to be new, or that of the record: each time that
+    /// one is made, its jobs get ids of their own, so that those of a table that was dropped are no hindrance.
+    async fn begin_copy(&self, turn: &Turn, table_id: &str, part: Part) -> Result<Option<(Record, bool, Source)>> {
+        let there = match self.world.for_ever(CHECK, || self.service.table(table_id)).await? {
+            Answer::Is(table) => Some(table),
+            Answer::Absent | Answer::Exists => None,
+        };
+        let record = match (turn.read(), there) {
+            (Some(record), Some(table)) if label(&table) == Some(&chain::short_owner(&record.owner)) => record,
+            (_, Some(_)) => return Err(not_new(table_id, part)),
+            (_, None) => {
+                let Some(file) = self.files.first() else { return Ok(None) };
+                let origin = chain::owner(&Source::open(&file.1.path)?.origin, self.table);
+                let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                let owner = hash(&format!("{origin} {table_id} {} {}", part.from, since.as_nanos()));
+                let before = Position { commit_lsn: Lsn(part.from.0.saturating_sub(1)), ordinal: u64::MAX };
+                let record = Record { loaded: Some(before), ..Record::new(self.table, &self.service.target(), &owner) };
+                turn.write(&record)?;
+                record
+            }
+        };
+        let Some(file) = self.new_files(&record).next() else { return Ok(None) };
+        let source = Source::open(&file.1.path)?;
+        Ok(Some((record, true, source)))
+    }
+
     fn new_files(&self, record: &Record) -> impl Iterator<Item = &(Batch, DataFile)> {
         let (through, loaded) = (record.through, record.loaded);
         self.files
@@ -139,7 +180,8 @@ impl TableLoad<'_> {
             let fields = self.ensure_table(chain, &group.sources[0]).await?;
             let key = columns::names_in(&group.sources[0].primary_key, group.sources[0].schema());
             let through = group.through;
-            let load = prepare(group, record.loaded, fields.clone(), turn.scratch()).await?;
+            let upto = self.copy.map_or(Lsn(u64::MAX), |part| part.to);
+            let load = prepare(group, record.loaded, upto, fields.clone(), turn.scratch()).await?;
             let end = load.as_ref().map(|load| load.last);
             if let Some(load) = load {
                 outcome.rows += job(chain, turn, record, &load, &fields).await?;
@@ -170,7 +212,7 @@ impl TableLoad<'_> {
                 "mend the column in Postgres or in BigQuery, or load into another data set (bigquery.dataset)",
             )
         };
-        if chain::owner(&source.origin, self.table) != chain.owner {
+        if self.copy.is_none() && chain::owner(&source.origin, self.table) != chain.owner {
             return Err(mixed(source));
         }
         let wanted = columns::fields(source.schema()).map_err(refused)?;
@@ -288,10 +330,11 @@ async fn recover(chain: &Chain<'_>, record: &mut Record) -> Result<()> {
 async fn prepare(
     group: Group,
     after: Option<Position>,
+    upto: Lsn,
     fields: Vec<TableFieldSchema>,
     scratch: PathBuf,
 ) -> Result<Option<Load>> {
-    let work = move || files::prepare(&group.sources, after, &fields, &scratch);
+    let work = move || files::prepare(&group.sources, after, upto, &fields, &scratch);
     spawn_blocking(work).await.map_err(|e| Error::fatal("merging files", e))?
 }
 
@@ -341,7 +384,7 @@ fn told(chain: &Chain<'_>, load: &Load, job: &Followed, begun: Instant) {
 
 fn check_owner(chain: &Chain<'_>, table: &Table) -> Result<()> {
     let ours = chain::short_owner(&chain.owner);
-    match table.labels.as_ref().and_then(|labels| labels.get(LABEL_OWNER)) {
+    match label(table) {
         Some(other) if *other != ours => Err(Error::refused(
             "bigquery_table_owner",
             format!("table {} holds the rows of another stream ({LABEL_OWNER}={other})", chain.table_id),
@@ -353,6 +396,20 @@ fn check_owner(chain: &Chain<'_>, table: &Table) -> Result<()> {
         )),
         _ => Ok(()),
     }
+}
+
+/// Whose positions a table's rows have.
+fn label(table: &Table) -> Option<&String> {
+    table.labels.as_ref().and_then(|labels| labels.get(LABEL_OWNER))
+}
+
+fn not_new(table_id: &str, part: Part) -> Error {
+    Error::refused(
+        "bigquery_table",
+        format!("table {table_id} exists, and does not hold the beginning of a replay from {}", part.from),
+        "a new table, or that of the same replay: anything else would be doubled or mixed",
+        "another --table",
+    )
 }
 
 fn mixed(source: &Source) -> Error {
