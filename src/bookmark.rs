@@ -17,7 +17,8 @@ use crate::enrich::state::require_header;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::source::conn::Conninfo;
-use crate::source::slot::{self, Pinned};
+use crate::source::pins::{self, Pinned};
+use crate::source::slot;
 use crate::upload::record::hash;
 use crate::world::{World, print};
 
@@ -115,7 +116,7 @@ fn require_name(name: &str) -> Result<()> {
 async fn make(world: &World, client: &Client, database: &str, name: &str) -> Result<()> {
     let config = &world.config;
     let dir = config.state.dir.join(DIR).join(name);
-    if read(&dir)?.is_some() || slot::pinned(client, name).await?.is_some() {
+    if read(&dir)?.is_some() || pins::pinned(client, name).await?.is_some() {
         return Err(Error::refused(
             "bookmark",
             format!("there is a bookmark or a slot \"{name}\" already"),
@@ -125,14 +126,14 @@ async fn make(world: &World, client: &Client, database: &str, name: &str) -> Res
     }
     slot::require(&config.postgres.slot, slot::read(client, &config.postgres.slot).await?, database)?;
     free_slot(client, name).await?;
-    let lsn = slot::copy(client, &config.postgres.slot, name).await?;
+    let lsn = pins::copy(client, &config.postgres.slot, name).await?;
     let bookmark = Bookmark { pipeline: config.pipeline.clone(), slot: config.postgres.slot.clone(), lsn, dir };
     // The slot first: what the state holds then reaches at least as far.
     if let Err(error) = store(&config.state.dir, &bookmark, name) {
-        slot::drop_slot(client, name).await?;
+        pins::drop_slot(client, name).await?;
         return Err(error);
     }
-    let pinned = slot::pinned(client, name).await?;
+    let pinned = pins::pinned(client, name).await?;
     print(&format!("{}falaj bookmark --drop {name} releases it\n", line(name, &bookmark, pinned.as_ref())))
 }
 
@@ -160,9 +161,9 @@ async fn list(world: &World, client: &Client) -> Result<()> {
     }
     for name in names {
         let bookmark = Bookmark::find(&world.config.state.dir, &name)?;
-        print(&line(&name, &bookmark, slot::pinned(client, &name).await?.as_ref()))?;
+        print(&line(&name, &bookmark, pins::pinned(client, &name).await?.as_ref()))?;
         for copy in copies(&bookmark)? {
-            let pinned = slot::pinned(client, &copy).await?;
+            let pinned = pins::pinned(client, &copy).await?;
             print(&format!("  replayed through slot {copy}: {}\n", pins(pinned.as_ref())))?;
         }
     }
@@ -188,7 +189,7 @@ fn pins(pinned: Option<&Pinned>) -> String {
 async fn remove(world: &World, client: &Client, name: &str) -> Result<()> {
     let bookmark = Bookmark::find(&world.config.state.dir, name)?;
     for slot in copies(&bookmark)?.iter().map(String::as_str).chain([name]) {
-        slot::drop_slot(client, slot).await?;
+        pins::drop_slot(client, slot).await?;
     }
     let dir = bookmark.dir();
     fs::remove_dir_all(dir).map_err(|e| Error::fatal(format_args!("removing {}", dir.display()), e))?;

@@ -1,16 +1,13 @@
 //! `falaj replay`, bookmarks and `--start`, on real servers: the same bytes again, in order, never twice.
 
 mod bookmark;
-
-use std::collections::BTreeMap;
+mod outlets;
+mod topic;
 
 use falaj::lsn::Lsn;
-use falaj::mock_external::Faults;
-use serde_json::Value;
 
-use crate::rig::peer::Peer;
 use crate::rig::process::Ended;
-use crate::rig::{Pipeline, Servers, archive, assert_same, bigquery, check, id, kafka, load, until};
+use crate::rig::{Pipeline, Servers, archive, assert_same, id, load};
 
 /// The values of several topics in the order of the stream.
 async fn values(p: &Pipeline, tables: &[&str]) -> Vec<String> {
@@ -134,7 +131,7 @@ async fn a_text_stream_is_replayed_with_the_same_bytes() {
     p.init().await;
     p.run(
         "SELECT setseed(0.4);
-         INSERT INTO every SELECT g, (random() * 10 ^ (g % 40 - 20))::real, random() * 10 ^ (g % 600 - 300), (random() * 1000)::numeric, (random() * 1000)::numeric(12,3),
+         INSERT INTO every SELECT g, (random() * 10 ^ (g % 26 - 20))::real, random() * 10 ^ (g % 314 - 300), (random() * 1000)::numeric, (random() * 1000)::numeric(12,3),
              '2000-01-01'::date + g, '1999-01-01'::timestamp + g * interval '1 hour 1.000001 s', now() - g * interval '1 day', '10.0.0.0'::inet + g
          FROM generate_series(1, 3000) AS g",
     )
@@ -204,190 +201,4 @@ async fn a_batch_that_was_taken_away_is_not_passed_over() {
     let second = lsn(&values[10]);
     let part = replayed(&p, &["--from", &second, "--to", &second, "--sink", "stdout"]).await;
     assert_same("the one before the gap", &lines(&part), &values[10..20]);
-}
-
-/// Everything of a record but its place.
-fn content(records: Vec<kafka::Record>) -> Vec<(Option<String>, String, Option<i64>)> {
-    let mut content: Vec<_> = records.into_iter().map(|r| (r.key, r.value, r.timestamp)).collect();
-    content.sort_by_cached_key(|(_, value, _)| id(value).to_owned());
-    content
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_replay_into_a_new_topic_is_exact_and_survives_sigkill() {
-    let mut p = Pipeline::new("rp_kafka").await;
-    p.set("FALAJ_PRODUCE__TRANSACTION_BYTES", "64KiB");
-    load::mixed(&p, 20_000, 21).await;
-    p.produce().await;
-    let mut all = Vec::new();
-    for table in check::TABLES {
-        all.extend(p.records(table).await);
-    }
-    let all = content(all);
-    let (from, topic) = (lsn(&all[0].1), format!("{}.again", p.name));
-    let flags = ["--from", &from, "--sink", "kafka", "--topic", &topic];
-    let position = async || {
-        let records = kafka::records(&p.config, &p.config.checkpoint_topic()).await;
-        let key = format!("replay:{topic}");
-        records.into_iter().rfind(|r| r.key.as_deref() == Some(&*key)).map(|r| r.value).unwrap_or_default()
-    };
-    for _ in 0..2 {
-        let before = position().await;
-        let running = p.start(&[&["replay"], &flags[..]].concat());
-        until("a part is in", async || {
-            let now = position().await;
-            now.contains("\"position\"") && now != before
-        })
-        .await;
-        running.kill();
-    }
-    let part = content(kafka::records(&p.config, &topic).await);
-    assert!(part.len() < all.len(), "killed too late");
-    replayed(&p, &flags).await;
-    let records = kafka::records(&p.config, &topic).await;
-    for pair in records.windows(2).filter(|pair| pair[0].partition == pair[1].partition) {
-        assert!(id(&pair[0].value) < id(&pair[1].value), "order: {pair:?}");
-    }
-    assert!(content(records) == all, "the topic differs");
-    // Again: everything is there.
-    replayed(&p, &flags).await;
-    assert!(content(kafka::records(&p.config, &topic).await) == all, "doubled");
-    // One topic a table, and a part.
-    let (to, each) = (lsn(&all[all.len() / 2].1), format!("{}.part.{{table}}", p.name));
-    replayed(&p, &["--from", &from, "--to", &to, "--sink", "kafka", "--topic", &each]).await;
-    let limit = commit(&all[all.len() / 2].1);
-    for table in check::TABLES {
-        let within = |v: &String| commit(v) <= limit;
-        let expected: Vec<_> = p.values(table).await.into_iter().filter(within).collect();
-        let found = content(kafka::records(&p.config, &each.replace("{table}", table)).await);
-        assert_same(table, &found.into_iter().map(|(_, value, _)| value).collect::<Vec<_>>(), &expected);
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_topic_that_holds_something_else_is_refused() {
-    let p = Pipeline::new("rp_taken").await;
-    p.run("INSERT INTO engagement_events (event_ts) SELECT now() FROM generate_series(1, 5)").await;
-    p.run("INSERT INTO engagement_events (event_ts) SELECT now() FROM generate_series(1, 5)").await;
-    p.produce().await;
-    let values = p.values("engagement_events").await;
-    let (first, second) = (lsn(&values[0]), lsn(&values[5]));
-    let into = async |topic: &str, from: &str, to: &str| {
-        replay(&p, &["--from", from, "--to", to, "--sink", "kafka", "--topic", topic]).await
-    };
-    let refused = |ended: Ended, words: &str| {
-        assert_eq!(ended.code, Some(78), "{ended:?}");
-        assert!(ended.log.contains("replay_topic") && ended.log.contains(words), "{words}: {}", ended.log);
-    };
-    for own in [p.config.topic("engagement_events"), p.config.checkpoint_topic(), p.config.dead_letter_topic()] {
-        refused(into(&own, &first, &second).await, "of pipeline");
-    }
-    let foreign = format!("{}.foreign", p.name);
-    falaj::kafka::create_topic(&p.config.kafka, &foreign, 1, &[]).await.unwrap();
-    kafka::write(&p.config, &foreign, "k", "v").await;
-    refused(into(&foreign, &first, &second).await, "partition 0 has offsets");
-    let topic = format!("{}.again", p.name);
-    assert_eq!(into(&topic, &first, &second).await.code, Some(0));
-    refused(into(&topic, &second, &second).await, "holds a replay from");
-    refused(into(&topic, &first, &first).await, "holds a replay from");
-    let found = content(kafka::records(&p.config, &topic).await);
-    assert_same("unharmed", &found.into_iter().map(|(_, v, _)| v).collect::<Vec<_>>(), &values);
-}
-
-/// The board but for the moment of reading.
-async fn board(p: &Pipeline) -> Value {
-    let out = p.start(&["board", "--json", "--top", "1000"]).ends_well().await;
-    let mut board: Value = serde_json::from_str(&out).unwrap();
-    board.as_object_mut().unwrap().remove("as_of");
-    board
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_board_that_is_rebuilt_by_replay_has_the_same_numbers_however_often() {
-    let mut p = Pipeline::new("rp_board").await;
-    p.set("FALAJ_ARCHIVE__SEAL_BYTES", "64KiB");
-    p.run(
-        "INSERT INTO content SELECT md5(g::text)::uuid, 's' || g, 'title ' || g, 'video', g, now() FROM generate_series(1, 20) g;
-         INSERT INTO engagement_events (content_id, user_id, event_ts, duration_ms, device)
-             SELECT md5((g % 20 + 1)::text)::uuid, md5((g % 300)::text)::uuid, now() - (g % 60) * interval '1 s', g, CASE g % 3 WHEN 0 THEN 'ios' WHEN 1 THEN 'web‑safari' END
-             FROM generate_series(1, 5000) g;
-         INSERT INTO engagement_events (event_ts) VALUES (now() - interval '11 min'), (now() + interval '61.5 s'), ('infinity');
-         UPDATE engagement_events SET duration_ms = 0; DELETE FROM engagement_events WHERE id % 2 = 0",
-    )
-    .await;
-    p.produce().await;
-    p.start(&["consume", "--sinks", "redis", "--until-end"]).ends_well().await;
-    let expected = board(&p).await;
-    assert_eq!((expected["late_dropped"].as_u64(), expected["future_dropped"].as_u64()), (Some(1), Some(2)));
-    assert_eq!(expected["top"].as_array().unwrap().len(), 20);
-    let from = lsn(&values(&p, &check::TABLES).await[0]);
-    for _ in 0..2 {
-        replayed(&p, &["--from", &from, "--sink", "redis"]).await;
-        assert_eq!(board(&p).await, expected);
-    }
-    // The stream takes its board back, and counts nothing twice.
-    p.start(&["consume", "--sinks", "redis", "--until-end"]).ends_well().await;
-    assert_eq!(board(&p).await, expected);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_replay_to_the_outside_system_sends_the_same_bytes_under_the_same_keys() {
-    let mut p = Pipeline::new("rp_outside").await;
-    let peer = Peer::start(&mut p, Faults::random(0.05, 8)).await;
-    load::mixed(&p, 1000, 31).await;
-    p.produce().await;
-    p.start(&["consume", "--until-end", "--sinks", "external"]).ends_well().await;
-    let values = p.values("engagement_events").await;
-    let before = peer.mock.received().counts();
-    assert_eq!((before.unique, before.conflicts), (values.len() as u64, 0));
-    let from = lsn(&values[0]);
-    replayed(&p, &["--from", &from, "--sink", "external"]).await;
-    let after = peer.mock.received().counts();
-    assert_eq!((after.unique, after.conflicts), (before.unique, 0));
-    assert!(after.duplicates - before.duplicates >= values.len() as u64, "{after:?}");
-    // To a peer that has nothing: all of them, each record key in its order.
-    let fresh = Peer::start(&mut p, Faults::random(0.05, 9)).await;
-    replayed(&p, &["--from", &from, "--sink", "external"]).await;
-    let mut order = BTreeMap::<String, Vec<String>>::new();
-    let keys: BTreeMap<_, _> =
-        p.records("engagement_events").await.into_iter().map(|r| (id(&r.value).to_owned(), r.key)).collect();
-    let ids = fresh.mock.received().ids();
-    assert_eq!(ids.len(), values.len());
-    for id in ids {
-        order.entry(keys[&id].clone().unwrap_or_default()).or_default().push(id);
-    }
-    assert!(order.values().all(|ids| ids.is_sorted()), "order within a key");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn bigquery_is_not_doubled_and_a_new_table_has_the_range_once() {
-    let mut p = Pipeline::new("rp_bigquery").await;
-    p.set("FALAJ_ARCHIVE__SEAL_BYTES", "32KiB");
-    load::mixed(&p, 1000, 61).await;
-    p.produce().await;
-    p.start(&["upload", "--once"]).ends_well().await;
-    let values = values(&p, &check::TABLES).await;
-    let (from, to) = (lsn(&values[300]), lsn(&values[1500]));
-    let ids = async |table: &str| -> Vec<String> {
-        bigquery::rows(&p, "_id", table, "_id").await.into_iter().map(|mut row| row.remove(0).unwrap()).collect()
-    };
-    let before = ids("engagement_events").await;
-    replayed(&p, &["--from", &from, "--sink", "bigquery"]).await;
-    assert_same("its own table", &ids("engagement_events").await, &before);
-
-    let flags = ["--from", &from, "--to", &to, "--sink", "bigquery", "--table", "{table}_again"];
-    for _ in 0..2 {
-        replayed(&p, &flags).await;
-        for table in check::TABLES {
-            let within = |v: &&String| (commit(&values[300])..=commit(&values[1500])).contains(&commit(v));
-            let expected: Vec<_> = p.values(table).await.iter().filter(within).map(|v| id(v).to_owned()).collect();
-            assert_same(table, &ids(&format!("{table}_again")).await, &expected);
-        }
-    }
-    let other = replay(&p, &["--from", &to, "--sink", "bigquery", "--table", "{table}_again"]).await;
-    assert!(other.code == Some(78) && other.log.contains("bigquery_table"), "{other:?}");
-    let own = replay(&p, &["--from", &from, "--sink", "bigquery", "--table", "{table}"]).await;
-    assert!(own.code == Some(78) && own.log.contains("own table"), "{own:?}");
-    let one = replay(&p, &["--from", &from, "--sink", "bigquery", "--table", "one"]).await;
-    assert_eq!(one.code, Some(2), "{one:?}");
 }

@@ -115,7 +115,9 @@ impl Enricher {
     ///
     /// # Errors
     /// [`Error::Fatal`] when the disk refuses.
-    pub fn begin_at(self, dir: &Path, lsn: Lsn) -> Result<()> {
+    pub fn begin_at(mut self, dir: &Path, lsn: Lsn) -> Result<()> {
+        // What is still buffered must not be written behind the end of the emptied log.
+        self.log.sync()?;
         let header = state::require_header(dir)?;
         self.compact(dir, BaseHeader { origin: lsn, ..header }, lsn).map(drop)
     }

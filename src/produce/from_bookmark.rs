@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::enrich::copy_state;
 use crate::error::{Error, Result};
 use crate::source::conn::Conninfo;
-use crate::source::slot;
+use crate::source::{pins, slot};
 use crate::world::World;
 
 const APPLICATION: &str = "falaj produce";
@@ -51,7 +51,7 @@ pub(super) async fn prepare(world: &World, name: &str) -> Result<World> {
         }
         free_slot(&client, &copy).await?;
         copy_state(bookmark.dir(), bookmark.lsn, &other.state.dir, &copy)?;
-        slot::copy(&client, name, &copy).await?;
+        pins::copy(&client, name, &copy).await?;
         info!(slot = copy, from = %bookmark.lsn, "slot and lookup rows copied from bookmark \"{name}\"");
     }
     Ok(World { config: other, ..world.clone() })

@@ -15,6 +15,7 @@ use crate::enrich::state::require_header;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::source::conn::Conninfo;
+use crate::source::pins;
 use crate::source::slot::{self, SlotState, WireForm};
 use crate::world::World;
 
@@ -49,7 +50,7 @@ pub(super) async fn begin(world: &World, lsn: Lsn) -> Result<()> {
     }
     let deadline = Instant::now() + RELEASE;
     loop {
-        match slot::advance(&client, name, lsn).await {
+        match pins::advance(&client, name, lsn).await {
             Err(Error::Refused(_)) if Instant::now() < deadline => world.pause(Duration::from_millis(50)).await?,
             outcome => break outcome?,
         }

@@ -8,7 +8,7 @@ use super::walk::tables;
 use crate::cli;
 use crate::error::{Error, Result};
 use crate::playback::{Range, batches};
-use crate::upload::{self, table::Part};
+use crate::upload::{self, copy::Part};
 use crate::world::World;
 
 /// Loads the range.
@@ -31,7 +31,7 @@ pub(super) async fn run(world: &World, range: Range, name: Option<&str>) -> Resu
     refuse_live(name, &tables)?;
     let part = Part { from: range.from, to: range.to };
     let rows = tokio::select! {
-        rows = upload::copy(world, part, |table| name.replace("{table}", table)) => rows?,
+        rows = upload::copy::run(world, part, |table| name.replace("{table}", table)) => rows?,
         () = world.stop.cancelled() => return Ok(()),
     };
     Ok(tracing::info!("replayed {} – {} to BigQuery: {rows} rows loaded", range.from, range.to))

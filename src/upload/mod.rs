@@ -20,6 +20,7 @@ pub mod auth;
 pub mod bigquery;
 pub mod chain;
 pub mod columns;
+pub mod copy;
 pub mod files;
 pub mod media;
 pub mod record;
@@ -27,7 +28,7 @@ pub mod table;
 
 use bigquery::BigQuery;
 use record::{Record, Records};
-use table::{Outcome, Part, TableLoad};
+use table::{Outcome, TableLoad};
 
 /// How often the archive is listed while nothing else happens.
 const LIST_EVERY: Duration = Duration::from_secs(1);
@@ -59,47 +60,6 @@ pub async fn run(world: &World, args: &cli::Upload) -> Result<()> {
         // The shutdown may also be seen from within, a moment before it is seen here.
         outcome = work(world, args, project) => if world.stop.is_cancelled() { Ok(()) } else { outcome },
     }
-}
-
-/// A replay into tables of its own: `name` gives a table's name in BigQuery. Gives the number of rows loaded.
-///
-/// # Errors
-/// As [`run`]; [`Error::Refused`] for a table that holds something else.
-pub async fn copy(world: &World, part: Part, name: impl Fn(&str) -> String) -> Result<u64> {
-    let Some(project) = world.config.bigquery.project.as_deref().filter(|p| !p.is_empty()) else {
-        return Err(Error::refused(
-            "bigquery_project",
-            "bigquery.project is not set",
-            "the project to load into",
-            "set bigquery.project (FALAJ_BIGQUERY__PROJECT)",
-        ));
-    };
-    let service = BigQuery::new(&world.config.bigquery, project).await?;
-    world.at_start(media::CHECK, || service.ensure_dataset()).await?;
-    let mut rows = 0;
-    for (table, mut files) in sealed(&world.config.archive.dir)? {
-        files.retain(|(b, _)| b.first.commit_lsn <= part.to && b.last.commit_lsn >= part.from);
-        if files.is_empty() {
-            continue;
-        }
-        let name = name(&table);
-        let id = columns::table_id(&name).map_err(|why| {
-            Error::refused("bigquery_table", format!("table {name:?}: {why}"), "a name for BigQuery", RENAME)
-        })?;
-        let target = format!("{} {id} from {}", service.target(), part.from);
-        let records = Records::open(&world.config.archive.dir, &target)?;
-        let load = TableLoad {
-            world,
-            service: &service,
-            records: &records,
-            table: &table,
-            files: &files,
-            once: true,
-            copy: Some(part),
-        };
-        rows += load.run(&id).await?.rows;
-    }
-    Ok(rows)
 }
 
 /// What is loaded, by table; empty without a project. For `status`, and for a retention that spares what is not loaded.

@@ -14,6 +14,7 @@ use tracing::{info, warn};
 
 use super::bigquery::{Answer, BigQuery};
 use super::chain::{self, Chain, Followed, Link};
+use super::copy::Part;
 use super::files::{self, Load, Source};
 use super::media::CHECK;
 use super::record::{Record, Records, Through, Turn, hash};
@@ -61,15 +62,6 @@ pub struct TableLoad<'a> {
     pub copy: Option<Part>,
 }
 
-/// Commit LSNs that a replay loads, both inclusive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// The first.
-    pub from: Lsn,
-    /// The last.
-    pub to: Lsn,
-}
-
 /// The next job's files.
 struct Group {
     sources: Vec<Source>,
@@ -86,7 +78,7 @@ impl TableLoad<'_> {
         let Some(turn) = self.take().await? else { return Ok(Outcome::default()) };
         let found = match self.copy {
             None => self.find_new(&turn)?,
-            Some(part) => self.begin_copy(&turn, table_id, part).await?,
+            Some(part) => super::copy::begin(self, &turn, table_id, part).await?,
         };
         let Some((mut record, known, oldest)) = found else { return Ok(Outcome::default()) };
         if !self.once && !record.wait(self.world.config.bigquery.load_every.0).is_zero() {
@@ -133,33 +125,7 @@ impl TableLoad<'_> {
         Ok(Some((Record::new(self.table, &self.service.target(), &owner), false, source)))
     }
 
-    /// A replay's record, and the oldest file that is new by it. The table has to be new, or that of the record: each time that
-    /// one is made, its jobs get ids of their own, so that those of a table that was dropped are no hindrance.
-    async fn begin_copy(&self, turn: &Turn, table_id: &str, part: Part) -> Result<Option<(Record, bool, Source)>> {
-        let there = match self.world.for_ever(CHECK, || self.service.table(table_id)).await? {
-            Answer::Is(table) => Some(table),
-            Answer::Absent | Answer::Exists => None,
-        };
-        let record = match (turn.read(), there) {
-            (Some(record), Some(table)) if label(&table) == Some(&chain::short_owner(&record.owner)) => record,
-            (_, Some(_)) => return Err(not_new(table_id, part)),
-            (_, None) => {
-                let Some(file) = self.files.first() else { return Ok(None) };
-                let origin = chain::owner(&Source::open(&file.1.path)?.origin, self.table);
-                let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-                let owner = hash(&format!("{origin} {table_id} {} {}", part.from, since.as_nanos()));
-                let before = Position { commit_lsn: Lsn(part.from.0.saturating_sub(1)), ordinal: u64::MAX };
-                let record = Record { loaded: Some(before), ..Record::new(self.table, &self.service.target(), &owner) };
-                turn.write(&record)?;
-                record
-            }
-        };
-        let Some(file) = self.new_files(&record).next() else { return Ok(None) };
-        let source = Source::open(&file.1.path)?;
-        Ok(Some((record, true, source)))
-    }
-
-    fn new_files(&self, record: &Record) -> impl Iterator<Item = &(Batch, DataFile)> {
+    pub(super) fn new_files(&self, record: &Record) -> impl Iterator<Item = &(Batch, DataFile)> {
         let (through, loaded) = (record.through, record.loaded);
         self.files
             .iter()
@@ -399,17 +365,8 @@ fn check_owner(chain: &Chain<'_>, table: &Table) -> Result<()> {
 }
 
 /// Whose positions a table's rows have.
-fn label(table: &Table) -> Option<&String> {
+pub(super) fn label(table: &Table) -> Option<&String> {
     table.labels.as_ref().and_then(|labels| labels.get(LABEL_OWNER))
-}
-
-fn not_new(table_id: &str, part: Part) -> Error {
-    Error::refused(
-        "bigquery_table",
-        format!("table {table_id} exists, and does not hold the beginning of a replay from {}", part.from),
-        "a new table, or that of the same replay: anything else would be doubled or mixed",
-        "another --table",
-    )
 }
 
 fn mixed(source: &Source) -> Error {

@@ -17,7 +17,6 @@ use super::commit::{Committer, producer};
 use super::position::{CheckpointRecord, CopyOf, read_record, require};
 use super::{KafkaSink, Opened, Stored};
 use crate::config::Config;
-use crate::consume::topic_id::topic_id;
 use crate::error::{Error, Result};
 use crate::kafka;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
@@ -120,7 +119,7 @@ fn ids(config: &Config, topics: &BTreeSet<String>) -> Result<BTreeMap<String, St
     let client: AdminClient<DefaultClientContext> = kafka::admin(&config.kafka)?;
     let deadline = Instant::now() + PATIENCE;
     let id = |topic: &String| loop {
-        match topic_id(client.inner(), topic, kafka::TIMEOUT) {
+        match kafka::topic_id(client.inner(), topic, kafka::TIMEOUT) {
             Ok(id) => return Ok((topic.clone(), id)),
             Err(e) if Instant::now() > deadline => return Err(kafka::error(&config.kafka, &e)),
             Err(_) => std::thread::sleep(LOOK),
