@@ -48,7 +48,7 @@ pub fn batches(dir: &Path) -> Result<Vec<Batch>> {
 pub fn kept(dir: &Path) -> Result<Option<Kept>> {
     let batches = batches(dir)?;
     let streamed = || batches.iter().filter(|batch| batch.is_streamed());
-    let (Some(first), Some(last)) = (streamed().next(), streamed().next_back()) else { return Ok(None) };
+    let (Some(first), Some(last)) = (streamed().next(), streamed().next_back()) else { return copies(dir, &batches) };
     let (oldest, newest) = (Footer::of_batch(first)?, Footer::of_batch(last)?);
     let begin = match (oldest.origin, oldest.previous) {
         (Some(origin), _) => origin,
@@ -64,6 +64,14 @@ pub fn kept(dir: &Path) -> Result<Option<Kept>> {
         false => newest.resume.max(idle(dir, &newest.slot)?),
     };
     Ok(Some(Kept { slot: newest.slot, from, to: end }))
+}
+
+/// What an archive holds that has nothing but copies of rows that were there before.
+fn copies(dir: &Path, batches: &[Batch]) -> Result<Option<Kept>> {
+    let (Some(first), Some(last)) = (batches.first(), batches.last()) else { return Ok(None) };
+    let slot = Footer::of_batch(first)?.slot;
+    let to = idle(dir, &slot)?.max(last.last.commit_lsn);
+    Ok(Some(Kept { slot, from: first.first.commit_lsn, to }))
 }
 
 /// The idle position, where it is one of the same stream.

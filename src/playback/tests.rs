@@ -157,3 +157,14 @@ fn tables_and_batches_that_overlap_are_merged_by_position() {
     seal(dir.path(), "a", None, &of(&a, &[(16, 0)]));
     assert_eq!(read(dir.path(), 8, 100, None).unwrap_err().exit_code(), 78);
 }
+
+#[test]
+fn an_archive_of_copies_alone_is_kept_too() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(kept(dir.path()).unwrap(), None);
+    let a = layout("a");
+    let written = seal(dir.path(), "a", None, &[plain(&a, at(31, 0)), plain(&a, at(31, 5))]);
+    let found = kept(dir.path()).unwrap().unwrap();
+    assert_eq!((found.from, found.to), (Lsn(31), Lsn(31)));
+    assert_eq!(read(dir.path(), 31, 31, None).unwrap(), written);
+}

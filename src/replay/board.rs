@@ -11,12 +11,10 @@ use super::EVENTS;
 use super::walk::Walk;
 use crate::consume::batch::Batch;
 use crate::consume::event;
-use crate::consume::redis::{Applied, Call, Store};
+use crate::consume::redis::{Applied, Call, FROM_ARCHIVE, Store};
 use crate::error::{Error, Result};
 use crate::world::World;
 
-/// Stands in the place of the topic's id.
-const SOURCE: &str = "archive";
 /// A batch is applied at this number of events.
 const MAX_EVENTS: u64 = 50_000;
 
@@ -58,7 +56,7 @@ pub(super) async fn run(mut walk: Walk<'_>) -> Result<()> {
 /// Begins an empty board, whatever there was.
 async fn claim(world: &World, store: &Store) -> Result<String> {
     let before = world.at_start("redis", || store.look()).await?;
-    let claim = world.at_start("redis", || store.claim(SOURCE, Some(&before.generation))).await?;
+    let claim = world.at_start("redis", || store.claim(FROM_ARCHIVE, Some(&before.generation))).await?;
     Ok(claim.generation)
 }
 
