@@ -59,7 +59,7 @@ impl Rows {
     /// call here.
     ///
     /// # Errors
-    /// [`Error::Fatal`] naming a file that is torn or not of the archive's form; [`Error::Refused`] for one that an older
+    /// [`crate::error::Error`] naming a file that is torn, not of the archive's form, or one that an older
     /// falaj wrote.
     pub fn open(file: &DataFile, generation: u32, bytes: usize) -> Result<Self> {
         let path = file.path.as_path();
@@ -94,7 +94,7 @@ impl Rows {
     /// Moves to the next row; `None` at the end.
     ///
     /// # Errors
-    /// [`Error::Fatal`] naming the file when a row cannot be read, or stands out of order.
+    /// [`crate::error::Error`] naming the file when a row cannot be read, or stands out of order.
     pub fn advance(&mut self) -> Result<Option<Position>> {
         self.row += 1;
         while self.piece.as_ref().is_none_or(|piece| self.row >= piece.rows) {
