@@ -34,6 +34,14 @@ pub const META_RESUME: &str = "falaj.resume";
 pub const META_PRIMARY_KEY: &str = "falaj.primary_key";
 /// Footer key: column whose value is the Kafka record key, where configured.
 pub const META_RECORD_KEY: &str = "falaj.record_key";
+/// Footer key: the columns' types as Postgres has them, a JSON array of [`crate::schema::Type`]. Several of them look alike
+/// in Parquet and differently in an event: a replay needs them to give the same bytes.
+pub const META_TYPES: &str = "falaj.types";
+/// Footer key: bound of the last row before this batch; absent in the first batch of an archive. A batch that was taken away
+/// shows by it.
+pub const META_PREVIOUS: &str = "falaj.previous";
+/// Footer key: LSN from which on the archive holds every commit, in its first batch.
+pub const META_ORIGIN: &str = "falaj.origin";
 /// Footer key: [`VERSION`].
 pub const META_VERSION: &str = "falaj.version";
 
@@ -99,6 +107,12 @@ impl Batch {
     /// Directory name of a position range.
     pub fn name(first: Position, last: Position) -> String {
         format!("{}-{}", bound(first), bound(last))
+    }
+
+    /// Whether its rows came by the stream: the LSN of a commit record is a multiple of 8. A copy of rows that were there
+    /// before stands one byte below the LSN of its snapshot.
+    pub fn is_streamed(&self) -> bool {
+        self.first.commit_lsn.0.is_multiple_of(8)
     }
 
     /// The batch's Parquet files, by table and part. Marks and other files beside them are left out.

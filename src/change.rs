@@ -38,6 +38,13 @@ impl Op {
             Self::Message { .. } => "m",
         }
     }
+
+    /// Reads what [`Op::letter`] gives.
+    pub fn from_letter(letter: &str) -> Option<Self> {
+        [Self::Create, Self::Update, Self::Delete, Self::Read, Self::Truncate]
+            .into_iter()
+            .find(|op| op.letter() == letter)
+    }
 }
 
 /// One numbered change of one relation.

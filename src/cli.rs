@@ -34,6 +34,10 @@ pub enum Verb {
     Consume(Consume),
     /// Sealed Parquet batches → BigQuery load jobs
     Upload(Upload),
+    /// An LSN range of the archive to a sink, once more, with the same bytes
+    Replay(Replay),
+    /// Copy the slot as it stands, with its lookup rows; without a name list such copies
+    Bookmark(Bookmark),
     /// produce + consume + upload in one process
     Run,
     /// The whole system on one machine, in one terminal
@@ -102,6 +106,57 @@ pub struct Produce {
     /// Form of an event's body in Kafka; wins over kafka.envelope
     #[arg(long, value_enum)]
     pub envelope: Option<Envelope>,
+    /// Begin a fresh installation here: everything committed below is somewhere else already
+    #[arg(long, value_name = "LSN", conflicts_with = "from_bookmark")]
+    pub start: Option<Lsn>,
+    /// Stream again from this bookmark, into a pipeline of another name
+    #[arg(long, value_name = "NAME")]
+    pub from_bookmark: Option<String>,
+}
+
+/// Flags of `replay`.
+#[derive(Clone, Debug, Args)]
+pub struct Replay {
+    /// First commit LSN, as in `_lsn` of an event
+    #[arg(long, value_name = "LSN")]
+    pub from: Lsn,
+    /// Last commit LSN, inclusive; without it to the end of the archive
+    #[arg(long, value_name = "LSN")]
+    pub to: Option<Lsn>,
+    /// Where to
+    #[arg(long, value_enum)]
+    pub sink: Target,
+    /// The new topic (kafka, needed) or the new table (bigquery); {table} stands for each table's name
+    #[arg(long, visible_alias = "table", value_name = "NAME")]
+    pub topic: Option<String>,
+    /// Print range, rows and bytes; send nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// Where `replay` sends to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Target {
+    /// A new topic, exactly once.
+    Kafka,
+    /// The live board, rebuilt.
+    Redis,
+    /// The outside HTTP system, under the same keys.
+    External,
+    /// BigQuery, under the same job ids, or a new table.
+    Bigquery,
+    /// One event a line.
+    Stdout,
+}
+
+/// Flags of `bookmark`.
+#[derive(Clone, Debug, Args)]
+pub struct Bookmark {
+    /// Name of the bookmark, and of its slot
+    pub name: Option<String>,
+    /// Remove it, with its slot and every slot that was made from it
+    #[arg(long, requires = "name")]
+    pub drop: bool,
 }
 
 /// Flags of `measure`.

@@ -6,7 +6,7 @@
 //! Values are in falaj's own forms. `_id` stands at the end.
 
 use crate::change::Op;
-use crate::event::Event;
+use crate::event::{Event, OldKey};
 use crate::message;
 use crate::pgoutput::Cell;
 use crate::value::{Converted, write_json, write_json_string};
@@ -106,7 +106,7 @@ fn letter(op: Op, part: Part) -> &'static str {
 fn write_before(event: &Event<'_>, part: Part, out: &mut Vec<u8>) -> Converted<()> {
     let cells: &[Cell<'_>] = match (event.op, part, &event.old_key) {
         (Op::Delete, ..) => &event.cells,
-        (Op::Update, Part::Whole | Part::Gone, Some(old)) => old,
+        (Op::Update, Part::Whole | Part::Gone, Some(OldKey::Row(old))) => old,
         _ => return Ok(out.extend_from_slice(b"null")),
     };
     let relation = &event.layout.relation;

@@ -97,7 +97,16 @@ pub struct Event<'a> {
     /// Source, lookup and derived columns; empty for a truncate.
     pub cells: Cells<'a>,
     /// The old row or key, where an update changed the primary key, or the sinks want it anyway: see [`Event::is_key_changed`].
-    pub old_key: Option<Vec<Cell<'a>>>,
+    pub old_key: Option<OldKey<'a>>,
+}
+
+/// The primary key before an update changed it.
+#[derive(Debug)]
+pub enum OldKey<'a> {
+    /// The old row, or as much of it as the replica identity holds.
+    Row(Vec<Cell<'a>>),
+    /// The JSON object that was written of it the first time.
+    Json(&'a str),
 }
 
 impl Event<'_> {
@@ -179,8 +188,13 @@ impl Event<'_> {
 
     /// Whether an update has changed the primary key. A NULL in the old one is unknown: no key has one.
     pub fn is_key_changed(&self) -> bool {
-        let Some(old) = &self.old_key else { return false };
-        self.layout.primary_key.iter().any(|i| old[*i] != Cell::Null && old[*i] != self.cells[*i])
+        match &self.old_key {
+            None => false,
+            Some(OldKey::Json(_)) => true,
+            Some(OldKey::Row(old)) => {
+                self.layout.primary_key.iter().any(|i| old[*i] != Cell::Null && old[*i] != self.cells[*i])
+            }
+        }
     }
 
     /// Whether a column is an unchanged TOAST value.
@@ -228,7 +242,9 @@ impl Event<'_> {
     /// [`value::BadValue`] when a cell is not of its column's type.
     pub fn write_previous_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
         match &self.old_key {
-            Some(old) if self.layout.is_keyed_by_row() && self.is_key_changed() => self.write_row_key(old, out),
+            Some(OldKey::Row(old)) if self.layout.is_keyed_by_row() && self.is_key_changed() => {
+                self.write_row_key(old, out)
+            }
             _ => Ok(false),
         }
     }
@@ -261,7 +277,17 @@ impl Event<'_> {
     /// # Errors
     /// [`value::BadValue`] when a cell is not of its column's type.
     pub fn write_old_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
-        let Some(old) = self.old_key.as_ref().filter(|_| self.is_key_changed()) else { return Ok(false) };
+        let old = match &self.old_key {
+            None => return Ok(false),
+            Some(OldKey::Json(json)) => {
+                out.extend_from_slice(json.as_bytes());
+                return Ok(true);
+            }
+            Some(OldKey::Row(row)) => row,
+        };
+        if !self.is_key_changed() {
+            return Ok(false);
+        }
         for (i, at) in self.layout.primary_key.iter().enumerate() {
             let column = &self.layout.columns[*at];
             out.extend_from_slice(if i == 0 { b"{" } else { b"," });
@@ -332,7 +358,7 @@ mod tests {
             Op::Update,
             &[Cell::Text(b"8"), Cell::Text(b"11111111-1111-1111-1111-111111111111"), Cell::Unchanged],
         );
-        e.old_key = Some(vec![Cell::Text(b"7"), Cell::Null, Cell::Null]);
+        e.old_key = Some(OldKey::Row(vec![Cell::Text(b"7"), Cell::Null, Cell::Null]));
         assert!(json(&e).ends_with(r#","_old_key":{"id":7},"_unchanged":["note"]}"#), "{}", json(&e));
         assert!(!json(&e).contains("\"note\":"));
         assert_eq!(key(&e).as_deref(), Some("11111111-1111-1111-1111-111111111111"));

@@ -1,5 +1,7 @@
 //! What every Kafka client of falaj shares: configuration, error classes, metadata, topics.
 
+mod topic_id;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -11,6 +13,8 @@ use rdkafka::{ClientConfig, ClientContext};
 
 use crate::config::Kafka;
 use crate::error::{Error, Result};
+
+pub use topic_id::topic_id;
 
 /// How long a metadata or admin request may take.
 pub const TIMEOUT: Duration = Duration::from_secs(10);

@@ -16,8 +16,10 @@ pub mod enrich; //      the lookup fold, derived columns
 pub mod envelope; //    the same in Debezium's envelope
 pub mod event; //       one event and its bytes
 pub mod message; //     pg_logical_emit_message, as events
+pub mod playback; //    the archive read back: Parquet → events
 pub mod sink; //        outlets of produce
 
+pub mod bookmark; //    a copy of the slot, with its lookup rows
 pub mod check; //       every requirement: found, needed, fix
 pub mod init; //        publication, topics, slot, first lookup state
 
@@ -25,6 +27,7 @@ pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
 pub mod generate; //    seeded load
 pub mod mock_external; // the simulated outside system
 pub mod produce; //     slot → sinks: the one loop
+pub mod replay; //      archive → a sink, once more
 pub mod upload; //      archive → BigQuery
 
 pub mod demo; //        the whole system in one terminal

@@ -100,6 +100,8 @@ async fn dispatch(world: &World, verb: Verb, metrics: PrometheusHandle) -> Resul
         Verb::Consume(args) => falaj::consume::run(world, &args).await,
         Verb::Board(args) => falaj::consume::board(world, &args).await,
         Verb::Upload(args) => falaj::upload::run(world, &args).await,
+        Verb::Replay(args) => falaj::replay::run(world, &args).await,
+        Verb::Bookmark(args) => falaj::bookmark::run(world, &args).await,
         Verb::Run => falaj::run::run(world).await,
         Verb::Demo(args) => falaj::demo::run(world, &args, metrics).await,
         Verb::Status(args) => falaj::status::run(world, &args).await,

@@ -106,6 +106,12 @@ pub fn write_id(at: Position, lsn: Lsn, out: &mut Vec<u8>) {
     lsn.write_hex(out);
 }
 
+/// The record's end in an `_id` that [`write_id`] has written.
+pub fn lsn_of_id(id: &str) -> Option<Lsn> {
+    let (_, lsn) = id.split_once('+')?;
+    u64::from_str_radix(lsn, 16).ok().map(Lsn)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

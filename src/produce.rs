@@ -3,10 +3,12 @@
 //! Every failure that can pass ends the session: open transactions are rolled back, and the next session starts from the
 //! positions that the sinks have stored. There is no other way to recover, so this one is well trodden.
 
+mod from_bookmark;
 mod held;
 mod lag;
 mod messages;
 mod session;
+mod start;
 mod until;
 mod walk;
 
@@ -49,6 +51,14 @@ enum End {
 pub async fn run(world: &World, args: &cli::Produce) -> Result<()> {
     let world = &with_envelope(world, args.envelope);
     let chosen = choose(&world.config.produce.sinks, args.sinks.as_deref())?;
+    let other = match &args.from_bookmark {
+        Some(name) => Some(from_bookmark::prepare(world, name).await?),
+        None => None,
+    };
+    let world = other.as_ref().unwrap_or(world);
+    if let Some(lsn) = args.start {
+        start::begin(world, lsn).await?;
+    }
     let mut until = args.until_lsn.map(Until::new);
     let (started, mut delays, mut has_run, mut form) = (Instant::now(), backoff(), false, None);
     while !world.stop.is_cancelled() {

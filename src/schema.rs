@@ -3,9 +3,11 @@
 mod builtin;
 
 pub use builtin::{BUILT_IN, BuiltIn};
+use serde::{Deserialize, Serialize};
 
 /// A column's type. Everything that is not listed is carried as Postgres's own text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Type {
     /// `boolean`
     Bool,
@@ -44,7 +46,8 @@ pub enum Type {
 }
 
 /// Element types of arrays that are not simply strings in JSON.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Element {
     /// `boolean[]`
     Bool,

@@ -12,6 +12,7 @@ mod mock_external;
 mod pitfalls;
 mod produce;
 mod refuse;
+mod replay;
 mod rig;
 mod rows;
 mod schema;

@@ -10,7 +10,7 @@ mod dead_letter;
 mod envelope;
 mod group;
 mod ledger;
-mod peer;
+pub(crate) mod peer;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

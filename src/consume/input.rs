@@ -14,10 +14,9 @@ use rdkafka::types::{RDKafkaErrorCode as Code, RDKafkaRespErr};
 use rdkafka::{ClientContext, Message, Offset, TopicPartitionList};
 use tracing::{debug, error, info, warn};
 
-use super::topic_id::topic_id;
 use crate::config::{Config, Kafka};
 use crate::error::{Error, Result};
-use crate::kafka;
+use crate::kafka::{self, topic_id};
 
 /// How long Kafka may take to answer a question of the loop: short, so that a shutdown is not held up by it.
 const TIMEOUT: Duration = Duration::from_secs(3);

@@ -11,7 +11,6 @@ mod inquiry; //        lag and topic, asked beside the reading
 pub mod latency; //    commit → applied
 pub mod reader; //     Kafka → batches → Redis: the loop
 pub mod redis; //      the board's side of Redis
-mod topic_id; //       whether a topic is still the same one
 
 use futures_util::future::join_all;
 

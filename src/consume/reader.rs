@@ -17,7 +17,7 @@ use super::event;
 use super::input::{Input, Place, Polled, Record};
 use super::inquiry::{Answer, Inquiry};
 use super::latency::Latency;
-use super::redis::{Applied, Call, Store};
+use super::redis::{Applied, Call, FROM_ARCHIVE, Store};
 use crate::cli::Consume;
 use crate::error::{Error, Result};
 use crate::world::World;
@@ -160,8 +160,12 @@ impl Reader {
         }
         self.topic_id = self.kafka(Input::topic_id)?;
         let mut claim = self.redis(|store| store.claim(&self.topic_id, None))?;
-        if claim.replaced.is_some() {
-            warn!(topic = self.input.topic(), "the topic was made anew: the board is rebuilt from it");
+        match claim.replaced.as_deref() {
+            None => {}
+            Some(FROM_ARCHIVE) => {
+                warn!(topic = self.input.topic(), "the board is a replay's: it is rebuilt from the topic")
+            }
+            Some(_) => warn!(topic = self.input.topic(), "the topic was made anew: the board is rebuilt from it"),
         }
         // Redis is asked first, so that its offsets cannot have passed the ends by honest reading.
         let since = (jiff::Timestamp::now().as_second() - NEEDED_SECONDS) * 1000;

@@ -15,6 +15,8 @@ use crate::error::{Error, Result};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long Redis may take to answer; a call without an answer is made again, which its compare-and-set makes safe.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Stands in the place of the topic's id on a board that a replay has rebuilt.
+pub const FROM_ARCHIVE: &str = "archive";
 /// The scripts need `#!lua` lines, ZUNION and EXPIREAT GT.
 const LEAST_VERSION: u32 = 7;
 

@@ -130,17 +130,20 @@ impl Enricher {
 
     /// Writes the rows as of `lsn` as the new base, so that the log does not grow with the years.
     fn compact(mut self, dir: &Path, header: BaseHeader, lsn: Lsn) -> Result<Self> {
-        let tables = self.caches.iter().map(|c| c.table.clone()).collect();
-        let mut base = BaseWriter::create(dir, &BaseHeader { lsn, tables, ..header })?;
-        for (index, cache) in self.caches.iter().enumerate() {
-            for (key, row) in &cache.rows {
-                let values: Vec<_> = row.iter().map(Option::as_deref).collect();
-                base.row(index, key, &values)?;
-            }
-        }
-        base.finish()?;
+        write_base(dir, BaseHeader { lsn, ..header }, &self.caches)?;
         self.log = ChangeLog::empty(dir)?;
         Ok(self)
+    }
+
+    /// Makes the rows as they are, those as of `lsn`, the base of an installation that begins there.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] when the disk refuses.
+    pub fn begin_at(mut self, dir: &Path, lsn: Lsn) -> Result<()> {
+        // What is still buffered must not be written behind the end of the emptied log.
+        self.log.sync()?;
+        let header = state::require_header(dir)?;
+        self.compact(dir, BaseHeader { origin: lsn, ..header }, lsn).map(drop)
     }
 
     /// Where the slot stood when the state was made: a sink without a position may start only from here.
@@ -277,6 +280,45 @@ impl Enricher {
     pub fn sync(&mut self) -> Result<()> {
         self.log.sync()
     }
+}
+
+/// Writes the lookup rows as of `upto` to another directory, as those with which `slot` begins there. The state may be in
+/// use by a `produce`.
+///
+/// # Errors
+/// [`Error::Refused`] for a state that is missing, or whose rows are of a later moment; [`Error::Fatal`] from the disk.
+pub fn copy_state(dir: &Path, upto: Lsn, to: &Path, slot: &str) -> Result<()> {
+    loop {
+        let mut caches: Vec<Cache> = Vec::new();
+        let header = state::read(dir, upto, |header, table, change| {
+            if caches.is_empty() {
+                caches = Cache::all(&header.tables);
+            }
+            let cache = caches.get_mut(table).ok_or_else(|| refused(dir, format!("a row of table number {table}")))?;
+            Ok(cache.apply(change))
+        })?;
+        // A new base that came in between has emptied the log: read both again.
+        if state::header(dir)?.as_ref() != Some(&header) {
+            continue;
+        }
+        if caches.is_empty() {
+            caches = Cache::all(&header.tables);
+        }
+        let identity = SlotIdentity { slot: slot.to_owned(), ..header.identity };
+        return write_base(to, BaseHeader { identity, lsn: upto, origin: upto, ..header }, &caches);
+    }
+}
+
+fn write_base(dir: &Path, header: BaseHeader, caches: &[Cache]) -> Result<()> {
+    let tables = caches.iter().map(|c| c.table.clone()).collect();
+    let mut base = BaseWriter::create(dir, &BaseHeader { tables, ..header })?;
+    for (index, cache) in caches.iter().enumerate() {
+        for (key, row) in &cache.rows {
+            let values: Vec<_> = row.iter().map(Option::as_deref).collect();
+            base.row(index, key, &values)?;
+        }
+    }
+    base.finish()
 }
 
 /// Plans the layout of a relation's events over these lookup tables, without their rows.

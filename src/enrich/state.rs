@@ -210,18 +210,7 @@ pub fn load(
     upto: Checkpoint,
     mut apply: impl FnMut(&BaseHeader, usize, LookupChange) -> Result<()>,
 ) -> Result<(BaseHeader, ChangeLog)> {
-    let file = File::open(dir.join(BASE)).map_err(|e| missing(dir, &e.to_string()))?;
-    let mut lines = BufReader::new(file);
-    let header = read_header(dir, &mut lines)?;
-    if header.lsn > upto.resume {
-        return Err(Error::refused(
-            "lookup_state",
-            format!("{}: the lookup rows are as of {}, the sinks stand at {}", dir.display(), header.lsn, upto.resume),
-            "a state that reaches back to the sinks' position",
-            "falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
-        ));
-    }
-    read_rows(dir, lines, |table, row| apply(&header, table, LookupChange::Put(row)))?;
+    let header = read_base(dir, upto.resume, &mut apply)?;
     let log = ChangeLog::open(dir, |entry| {
         let wanted = entry.at.commit_lsn >= header.lsn && entry.at.commit_lsn < upto.resume;
         if wanted {
@@ -233,6 +222,66 @@ pub fn load(
     Ok((header, log))
 }
 
+/// Reads the state as of `upto` as [`load`] does, and changes no file: another process may be writing them.
+///
+/// # Errors
+/// As [`load`].
+pub fn read(
+    dir: &Path,
+    upto: Lsn,
+    mut apply: impl FnMut(&BaseHeader, usize, LookupChange) -> Result<()>,
+) -> Result<BaseHeader> {
+    let header = read_base(dir, upto, &mut apply)?;
+    let Ok(file) = File::open(dir.join(CHANGES)) else { return Ok(header) };
+    read_entries(dir, BufReader::new(file), |entry| {
+        let (past, at) = (entry.at.commit_lsn < upto, entry.at.commit_lsn);
+        if past && at >= header.lsn {
+            apply(&header, entry.table, entry.change)?;
+        }
+        Ok(past)
+    })?;
+    Ok(header)
+}
+
+/// Reads the base, which must not lie beyond `upto`.
+fn read_base(
+    dir: &Path,
+    upto: Lsn,
+    apply: &mut impl FnMut(&BaseHeader, usize, LookupChange) -> Result<()>,
+) -> Result<BaseHeader> {
+    let file = File::open(dir.join(BASE)).map_err(|e| missing(dir, &e.to_string()))?;
+    let mut lines = BufReader::new(file);
+    let header = read_header(dir, &mut lines)?;
+    if header.lsn > upto {
+        return Err(Error::refused(
+            "lookup_state",
+            format!("{}: the lookup rows are as of {}, the sinks stand at {upto}", dir.display(), header.lsn),
+            "a state that reaches back to the sinks' position",
+            "falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
+        ));
+    }
+    read_rows(dir, lines, |table, row| apply(&header, table, LookupChange::Put(row)))?;
+    Ok(header)
+}
+
+/// Reads entries of the change log while `keep` says so; gives the bytes of those that it kept.
+fn read_entries(dir: &Path, mut lines: impl BufRead, mut keep: impl FnMut(Entry) -> Result<bool>) -> Result<u64> {
+    let (mut kept, mut text) = (0_u64, String::new());
+    loop {
+        text.clear();
+        let read = at(dir, lines.read_line(&mut text))?;
+        if read == 0 || !text.ends_with('\n') {
+            return Ok(kept);
+        }
+        let entry: Entry =
+            serde_json::from_str(&text).map_err(|e| missing(dir, &format!("{CHANGES} at byte {kept}: {e}")))?;
+        if !keep(entry)? {
+            return Ok(kept);
+        }
+        kept += read as u64;
+    }
+}
+
 /// The open change log: appended by the stream, made durable before any sink gets what lies beyond it.
 pub struct ChangeLog {
     dir: PathBuf,
@@ -242,25 +291,10 @@ pub struct ChangeLog {
 
 impl ChangeLog {
     /// Reads entries while `keep` says so and cuts the file there.
-    fn open(dir: &Path, mut keep: impl FnMut(Entry) -> Result<bool>) -> Result<Self> {
+    fn open(dir: &Path, keep: impl FnMut(Entry) -> Result<bool>) -> Result<Self> {
         let path = dir.join(CHANGES);
-        let file = at(dir, OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path))?;
-        let mut lines = BufReader::new(&file);
-        let (mut kept, mut text) = (0_u64, String::new());
-        loop {
-            text.clear();
-            let read = at(dir, lines.read_line(&mut text))?;
-            if read == 0 || !text.ends_with('\n') {
-                break;
-            }
-            let entry: Entry =
-                serde_json::from_str(&text).map_err(|e| missing(dir, &format!("{CHANGES} at byte {kept}: {e}")))?;
-            if !keep(entry)? {
-                break;
-            }
-            kept += read as u64;
-        }
-        let mut file = file;
+        let mut file = at(dir, OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path))?;
+        let kept = read_entries(dir, BufReader::new(&file), keep)?;
         at(dir, file.set_len(kept).and_then(|()| file.seek(std::io::SeekFrom::End(0))))?;
         Ok(Self { dir: dir.to_owned(), out: BufWriter::new(file), dirty: false })
     }

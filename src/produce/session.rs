@@ -59,6 +59,14 @@ impl Session {
         Ok(Some(held.start(world, outlets, enricher, from, Checkpoint::whole(Lsn(0)))))
     }
 
+    /// A session without a sink, which folds the lookup changes and nothing else.
+    pub(super) async fn folding(world: &World, form: Option<WireForm>) -> Result<Option<Self>> {
+        let Some(held) = Held::take(world, form).await? else { return Ok(None) };
+        let from = held.confirmed(world).await?;
+        let enricher = held.lookups(world, from)?;
+        Ok(Some(held.start(world, Outlets::default(), enricher, from, Checkpoint::whole(Lsn(0)))))
+    }
+
     /// Walks a chunk, then lets the sinks hand over what is due.
     pub(super) async fn walk(&mut self, chunk: &Chunk, until: Option<&mut Until>) -> Result<Option<Reached>> {
         let reached = self.walk.chunk(chunk, &mut self.outlets.sinks, until).await?;

@@ -13,7 +13,7 @@ use crate::change::{Assembler, Change, Op, RowChange, Step};
 use crate::config;
 use crate::enrich::Enricher;
 use crate::error::{Error, Refusal, Result};
-use crate::event::{Cells, Event, Layout};
+use crate::event::{Cells, Event, Layout, OldKey};
 use crate::lsn::{Checkpoint, Lsn, Position};
 use crate::message::Sent;
 use crate::pgoutput::{self, Cell, Message, Old, Tuple};
@@ -434,7 +434,7 @@ fn compare<'a>(old: Old<'a>, at: Position, event: &mut Event<'a>, keep: bool) ->
     // In an old key NULL is unknown: the column is not part of it.
     let differs = |i: &usize| before[*i] != Cell::Null && before[*i] != event.cells[*i];
     if keep || event.layout.primary_key.iter().any(differs) {
-        event.old_key = Some(before.into_vec());
+        event.old_key = Some(OldKey::Row(before.into_vec()));
     }
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! Events → Arrow columns: one typed builder a column, then falaj's own columns.
 //!
 //! A value that its column cannot hold exactly (infinity, years before 1 or after 9999, NaN or too many digits in a
-//! decimal) is NULL there, and its text stands in `_raw`.
+//! decimal) is NULL there, and its text stands in `_raw`. So does the text of a decimal that the column holds with another
+//! number of digits: every value can be read back as Postgres wrote it.
 
 use std::sync::Arc;
 
@@ -111,9 +112,11 @@ impl Column {
             Self::Float64(b) => b.append_option(value::float(ty, cell)?),
             Self::Decimal(b, precision, scale) => {
                 let limit = 10_i128.pow((*precision).into());
-                let fits = value::decimal(ty, cell)?.and_then(|d| d.at_scale(*scale)).filter(|n| n.abs() < limit);
+                let found = value::decimal(ty, cell)?;
+                let fits = found.and_then(|d| d.at_scale(*scale)).filter(|n| n.abs() < limit);
                 b.append_option(fits);
-                return Ok(held_or_null(fits.is_some(), cell));
+                let same = fits.is_some() && found.is_some_and(|d| d.scale == *scale);
+                return Ok(held_or_null(same, cell));
             }
             Self::Date(b) => {
                 return Ok(push_time(value::days_of_date(ty, cell)?, |at| b.append_option(at.map(|d| d as i32))));

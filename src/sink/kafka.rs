@@ -4,6 +4,7 @@
 //! read_committed, to its end. A transaction larger than the limit flows as several: the position has the ordinal.
 
 mod commit;
+pub mod copy;
 mod limit;
 mod position;
 mod reports;

@@ -15,12 +15,14 @@ use async_trait::async_trait;
 use super::columns::Rows;
 use super::worker::Worker;
 use super::{Opened, Sink, Stored};
+use crate::archive::{self, Batch};
 use crate::config::Config;
+use crate::enrich::state::require_header;
 use crate::error::{Error, Result};
 use crate::event::{Event, Layout};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
 use position::{not_writable, position, take_over};
-use writer::{Encoded, Todo, Writer};
+use writer::{Began, Encoded, Todo, Writer};
 
 /// Rows handed to the encoder at once; a fixed number, so that the same range gives the same pages.
 const ROWS: usize = 1024;
@@ -57,7 +59,11 @@ pub fn open(config: &Config, identity: &SlotIdentity) -> Result<Opened> {
     let work = take_over(&dir).map_err(|e| not_writable(&dir, &e))?;
     let position = position(config, identity)?;
     let encoded = Encoded::default();
-    let writer = Writer::new(dir, work, config.pipeline.clone(), identity.clone(), encoded.clone());
+    let began = match archive::list(&dir)?.into_iter().rfind(Batch::is_streamed) {
+        Some(batch) => Began::After(batch.last),
+        None => Began::At(require_header(&config.state.dir)?.origin),
+    };
+    let writer = Writer::new(dir, work, config.pipeline.clone(), identity.clone(), began, encoded.clone());
     // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
     let worker = Worker::spawn("archive", config.produce.queue_bytes.0, start, move |orders| writer.run(&orders))?;

@@ -4,6 +4,7 @@ pub mod catalog; // tables, before any Relation message has come
 pub mod chunk; //   what the reading thread hands over
 pub mod conn; //    where Postgres is; SQL sessions
 mod pace;
+pub mod pins; //    slots as bookmarks, and what they pin
 pub mod slot; //    the slot and the catalogue, as SQL sees them
 pub mod stream; //  the CopyBoth stream
 pub mod types; //   user-defined types, by what their values look like

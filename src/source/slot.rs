@@ -223,11 +223,11 @@ pub async fn primary_key(client: &Client, relation: &Relation) -> Result<Vec<usi
     })
 }
 
-fn parse_lsn(text: &str) -> Result<Lsn> {
+pub(super) fn parse_lsn(text: &str) -> Result<Lsn> {
     text.parse().map_err(|e| Error::fatal("reading an LSN from Postgres", e))
 }
 
-fn lost(e: tokio_postgres::Error) -> Error {
+pub(super) fn lost(e: tokio_postgres::Error) -> Error {
     match e.as_db_error() {
         Some(db) if db.code().code().starts_with("42") => Error::refused(
             "postgres_rights",

@@ -116,14 +116,17 @@ impl Source {
         self.footer.metadata().row_groups().iter().map(|g| u64::try_from(g.num_rows()).unwrap_or(0)).sum()
     }
 
-    /// First and last position; `None` when it has no row.
+    /// First and last position of the commits up to `upto`; `None` when it has no row there.
     ///
     /// Reads the two position columns whole, because the recovery rests on their order.
-    fn range(&self) -> Result<Option<(Position, Position)>> {
+    fn range(&self, upto: Lsn) -> Result<Option<(Position, Position)>> {
         let mut range: Option<(Position, Position)> = None;
         for piece in self.pieces(Some(["_commit_lsn", "_ordinal"]))? {
             for at in positions(&piece.map_err(|e| self.failed(e))?).map_err(|e| self.failed(e))? {
                 let at = at.map_err(|e| self.failed(e))?;
+                if at.commit_lsn > upto {
+                    return Ok(range);
+                }
                 range = match range {
                     None => Some((at, at)),
                     Some((first, last)) if at > last || (at == last && self.is_of_messages()) => Some((first, at)),
@@ -158,7 +161,7 @@ impl Source {
     }
 }
 
-/// Puts the rows after `after` into one file; `None` when there are none. Blocking.
+/// Puts the rows after `after`, of commits up to `upto`, into one file; `None` when there are none. Blocking.
 ///
 /// `fields` are the columns of the job: those of the files under BigQuery's names, then those that only the table has.
 /// A single file that needs no change is taken as it is.
@@ -168,14 +171,15 @@ impl Source {
 pub fn prepare(
     sources: &[Source],
     after: Option<Position>,
+    upto: Lsn,
     fields: &[TableFieldSchema],
     scratch: &Path,
 ) -> Result<Option<Load>> {
     let mut parts = Vec::new();
     let mut end = after;
     for source in sources {
-        let Some((first, last)) = source.range()?.filter(|&(_, last)| Some(last) > end) else { continue };
-        parts.push(Part { source, after: end, first, last });
+        let Some((first, last)) = source.range(upto)?.filter(|&(_, last)| Some(last) > end) else { continue };
+        parts.push(Part { source, after: end, upto, first, last });
         end = Some(last);
     }
     match parts.as_slice() {
@@ -189,13 +193,15 @@ pub fn prepare(
 struct Part<'a> {
     source: &'a Source,
     after: Option<Position>,
+    upto: Lsn,
     first: Position,
     last: Position,
 }
 
 impl Part<'_> {
     fn is_whole(&self) -> bool {
-        Some(self.first) > self.after
+        // Without an upper limit the end need not be looked for.
+        Some(self.first) > self.after && self.upto == Lsn(u64::MAX)
     }
 
     fn as_it_is(&self) -> Result<Load> {
@@ -224,7 +230,8 @@ fn merge(parts: &[Part<'_>], fields: &[TableFieldSchema], scratch: &Path) -> Res
     for part in parts {
         for piece in part.source.pieces(None)? {
             let piece = piece.map_err(|e| part.source.failed(e))?;
-            let Some((kept, at)) = after(&piece, part.after).map_err(|e| part.source.failed(e))? else { continue };
+            let within = within(&piece, part.after, part.upto).map_err(|e| part.source.failed(e))?;
+            let Some((kept, at)) = within else { continue };
             first = first.or(Some(at));
             rows += kept.num_rows() as u64;
             writer.write(&widen(&kept, &schema).map_err(|e| part.source.failed(e))?).map_err(|e| failed(&e))?;
@@ -237,15 +244,20 @@ fn merge(parts: &[Part<'_>], fields: &[TableFieldSchema], scratch: &Path) -> Res
     Ok(Load { file, bytes, rows, first, last })
 }
 
-/// The rows of a piece after a position, with the first one's position. Rows stand in order, so it is the tail.
-fn after(piece: &RecordBatch, after: Option<Position>) -> Result<Option<(RecordBatch, Position)>, String> {
+/// The rows of a piece after a position and up to an LSN, with the first one's position. Rows stand in order.
+fn within(piece: &RecordBatch, after: Option<Position>, upto: Lsn) -> Result<Option<(RecordBatch, Position)>, String> {
+    let (mut first, mut rows) = (None, 0);
     for (row, at) in positions(piece)?.enumerate() {
         let at = at?;
+        if at.commit_lsn > upto {
+            break;
+        }
         if Some(at) > after {
-            return Ok(Some((piece.slice(row, piece.num_rows() - row), at)));
+            first = first.or(Some((row, at)));
+            rows += 1;
         }
     }
-    Ok(None)
+    Ok(first.map(|(row, at)| (piece.slice(row, rows), at)))
 }
 
 fn positions(piece: &RecordBatch) -> Result<impl Iterator<Item = Result<Position, String>>, String> {

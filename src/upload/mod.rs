@@ -20,6 +20,7 @@ pub mod auth;
 pub mod bigquery;
 pub mod chain;
 pub mod columns;
+pub mod copy;
 pub mod files;
 pub mod media;
 pub mod record;
@@ -127,7 +128,7 @@ async fn round(
     // Made ahead: a stream that maps by itself could not be moved between threads.
     let mut turns = Vec::with_capacity(tables.len());
     for (table, files) in &tables {
-        let load = TableLoad { world, service, records, table, files, once };
+        let load = TableLoad { world, service, records, table, files, once, copy: None };
         let id = ids[table]
             .clone()
             .map_err(|why| Error::refused("bigquery_table", why, "a name of its own in BigQuery", RENAME));

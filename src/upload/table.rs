@@ -14,13 +14,14 @@ use tracing::{info, warn};
 
 use super::bigquery::{Answer, BigQuery};
 use super::chain::{self, Chain, Followed, Link};
+use super::copy::Part;
 use super::files::{self, Load, Source};
 use super::media::CHECK;
 use super::record::{Record, Records, Through, Turn, hash};
 use super::{LIST_EVERY, TableFiles, columns, tell};
 use crate::archive::{Batch, DataFile};
 use crate::error::{Error, Result};
-use crate::lsn::Position;
+use crate::lsn::{Lsn, Position};
 use crate::world::{World, backoff};
 
 /// Files are merged into one job up to this size.
@@ -57,6 +58,8 @@ pub struct TableLoad<'a> {
     pub files: &'a TableFiles,
     /// Load everything now, rather than a job every `load_every`.
     pub once: bool,
+    /// A replay into a table of its own; `None` for the stream's.
+    pub copy: Option<Part>,
 }
 
 /// The next job's files.
@@ -73,7 +76,11 @@ impl TableLoad<'_> {
     /// [`Error::Fatal`] naming the file or the job that failed; [`Error::Refused`] where BigQuery or its table says no.
     pub async fn run(&self, table_id: &str) -> Result<Outcome> {
         let Some(turn) = self.take().await? else { return Ok(Outcome::default()) };
-        let Some((mut record, known, oldest)) = self.find_new(&turn)? else { return Ok(Outcome::default()) };
+        let found = match self.copy {
+            None => self.find_new(&turn)?,
+            Some(part) => super::copy::begin(self, &turn, table_id, part).await?,
+        };
+        let Some((mut record, known, oldest)) = found else { return Ok(Outcome::default()) };
         if !self.once && !record.wait(self.world.config.bigquery.load_every.0).is_zero() {
             return Ok(Outcome::default());
         }
@@ -118,7 +125,7 @@ impl TableLoad<'_> {
         Ok(Some((Record::new(self.table, &self.service.target(), &owner), false, source)))
     }
 
-    fn new_files(&self, record: &Record) -> impl Iterator<Item = &(Batch, DataFile)> {
+    pub(super) fn new_files(&self, record: &Record) -> impl Iterator<Item = &(Batch, DataFile)> {
         let (through, loaded) = (record.through, record.loaded);
         self.files
             .iter()
@@ -141,7 +148,8 @@ impl TableLoad<'_> {
             let names = columns::names_in(key, group.sources[0].schema());
             let key: Vec<_> = key.iter().cloned().zip(names).collect();
             let through = group.through;
-            let load = prepare(group, record.loaded, fields.clone(), turn.scratch()).await?;
+            let upto = self.copy.map_or(Lsn(u64::MAX), |part| part.to);
+            let load = prepare(group, record.loaded, upto, fields.clone(), turn.scratch()).await?;
             let end = load.as_ref().map(|load| load.last);
             if let Some(load) = load {
                 outcome.rows += job(chain, turn, record, &load, &fields).await?;
@@ -172,7 +180,7 @@ impl TableLoad<'_> {
                 fix,
             )
         };
-        if chain::owner(&source.origin, self.table) != chain.owner {
+        if self.copy.is_none() && chain::owner(&source.origin, self.table) != chain.owner {
             return Err(mixed(source));
         }
         let mend = "mend the column in Postgres or in BigQuery, or load into another data set (bigquery.dataset)";
@@ -316,10 +324,11 @@ async fn recover(chain: &Chain<'_>, record: &mut Record) -> Result<()> {
 async fn prepare(
     group: Group,
     after: Option<Position>,
+    upto: Lsn,
     fields: Vec<TableFieldSchema>,
     scratch: PathBuf,
 ) -> Result<Option<Load>> {
-    let work = move || files::prepare(&group.sources, after, &fields, &scratch);
+    let work = move || files::prepare(&group.sources, after, upto, &fields, &scratch);
     spawn_blocking(work).await.map_err(|e| Error::fatal("merging files", e))?
 }
 
@@ -369,7 +378,7 @@ fn told(chain: &Chain<'_>, load: &Load, job: &Followed, begun: Instant) {
 
 fn check_owner(chain: &Chain<'_>, table: &Table) -> Result<()> {
     let ours = chain::short_owner(&chain.owner);
-    match table.labels.as_ref().and_then(|labels| labels.get(LABEL_OWNER)) {
+    match label(table) {
         Some(other) if *other != ours => Err(Error::refused(
             "bigquery_table_owner",
             format!("table {} holds the rows of another stream ({LABEL_OWNER}={other})", chain.table_id),
@@ -381,6 +390,11 @@ fn check_owner(chain: &Chain<'_>, table: &Table) -> Result<()> {
         )),
         _ => Ok(()),
     }
+}
+
+/// Whose positions a table's rows have.
+pub(super) fn label(table: &Table) -> Option<&String> {
+    table.labels.as_ref().and_then(|labels| labels.get(LABEL_OWNER))
 }
 
 fn mixed(source: &Source) -> Error {

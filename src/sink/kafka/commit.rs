@@ -10,7 +10,7 @@ use rdkafka::message::OwnedHeaders;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
 use super::limit::queue_kbytes;
-use super::position::CheckpointRecord;
+use super::position::{CheckpointRecord, CopyOf};
 use super::reports::Reports;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
@@ -73,7 +73,9 @@ pub(super) struct Committer {
     producer: BaseProducer<Reports>,
     config: config::Kafka,
     topic: String,
+    key: String,
     identity: SlotIdentity,
+    copy: Option<CopyOf>,
     limit: usize,
     age: Duration,
     open: Option<Open>,
@@ -100,12 +102,19 @@ impl Committer {
             producer,
             config: config.kafka.clone(),
             topic: config.checkpoint_topic(),
+            key: identity.slot.clone(),
             identity,
+            copy: None,
             limit: config.produce.transaction_bytes.0,
             age: config.produce.transaction_age.0,
             open: None,
             spent,
         }
+    }
+
+    /// For a replay: its position stands under a key of its own.
+    pub(super) fn for_copy(self, key: String, copy: CopyOf) -> Self {
+        Self { key, copy: Some(copy), ..self }
     }
 
     pub(super) fn run(mut self, orders: &Orders<Piece>) -> Result<()> {
@@ -186,11 +195,9 @@ impl Committer {
     fn commit(&mut self, orders: &Orders<Piece>) -> Result<()> {
         let Some(Open { checkpoint, since, bytes, .. }) = self.open.take() else { return Ok(()) };
         let Checkpoint { resume: end_lsn, partial: position } = checkpoint;
-        let record = CheckpointRecord { identity: self.identity.clone(), end_lsn, position };
+        let record = CheckpointRecord { identity: self.identity.clone(), end_lsn, position, copy: self.copy.clone() };
         let value = serde_json::to_vec(&record).map_err(|e| Error::fatal("writing a checkpoint", e))?;
-        self.send(
-            BaseRecord::to(&self.topic).key(self.identity.slot.as_bytes()).payload(value.as_slice()).partition(0),
-        )?;
+        self.send(BaseRecord::to(&self.topic).key(self.key.as_bytes()).payload(value.as_slice()).partition(0))?;
         self.drain();
         self.retrying(|p| p.commit_transaction(TIMEOUT))?;
         orders.durable(checkpoint);
@@ -259,7 +266,7 @@ fn age_of(commit_ms: i64) -> Duration {
     now.saturating_sub(Duration::from_millis(commit_ms.max(0) as u64))
 }
 
-/// A producer of this pipeline and slot; its `init_transactions` fences whoever had the id before.
+/// A producer of this pipeline and slot (or replay); its `init_transactions` fences whoever had the id before.
 pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer<Reports>> {
     let mut settings = client_over(
         &config.kafka,

@@ -25,10 +25,22 @@ pub struct CheckpointRecord {
     /// Last event of a transaction that is half in; absent at a transaction boundary.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub position: Option<Position>,
+    /// Of a replay: what it copies, and into which topics. Absent in the record of the stream itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<CopyOf>,
+}
+
+/// What a replay writes, and where.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyOf {
+    /// The first commit LSN.
+    pub from: Lsn,
+    /// Topics with their ids: one of the same name that was made anew has another id, and nothing of the replay in it.
+    pub topics: BTreeMap<String, String>,
 }
 
 impl CheckpointRecord {
-    fn checkpoint(&self) -> Checkpoint {
+    pub(super) fn checkpoint(&self) -> Checkpoint {
         Checkpoint { resume: self.end_lsn, partial: self.position }
     }
 }
@@ -71,11 +83,16 @@ pub(super) fn require_table(
 
 /// The last checkpoint record of this slot.
 pub(super) fn read_position(config: &Config, identity: &SlotIdentity) -> Result<Option<Checkpoint>> {
+    Ok(read_record(config, identity, &identity.slot)?.map(|record| record.checkpoint()))
+}
+
+/// The last record under a key; it has to be of the stream.
+pub(super) fn read_record(config: &Config, identity: &SlotIdentity, key: &str) -> Result<Option<CheckpointRecord>> {
     let consumer = consumer(config)?;
-    let position = newest(config, &consumer, identity)?;
+    let record = newest(config, &consumer, identity, key)?;
     // Its threads take a tenth of a second to end, which nobody has to wait for.
     std::thread::spawn(|| drop(consumer));
-    Ok(position)
+    Ok(record)
 }
 
 fn consumer(config: &Config) -> Result<BaseConsumer> {
@@ -91,15 +108,20 @@ fn consumer(config: &Config) -> Result<BaseConsumer> {
     settings.create().map_err(|e| error(&config.kafka, &e))
 }
 
-fn newest(config: &Config, consumer: &BaseConsumer, identity: &SlotIdentity) -> Result<Option<Checkpoint>> {
+fn newest(
+    config: &Config,
+    consumer: &BaseConsumer,
+    identity: &SlotIdentity,
+    key: &str,
+) -> Result<Option<CheckpointRecord>> {
     let topic = config.checkpoint_topic();
     let (low, high) = consumer.fetch_watermarks(&topic, 0, TIMEOUT).map_err(|e| error(&config.kafka, &e))?;
     // The newest record is near the end; the whole topic is read only if it is not.
     for window in [16, 1_000, i64::MAX] {
         let from = high.saturating_sub(window).max(low);
-        let found = last_record(config, consumer, &topic, from, identity)?;
+        let found = last_record(config, consumer, &topic, from, identity, key)?;
         if found.is_some() || from == low {
-            return Ok(found.map(|r| r.checkpoint()));
+            return Ok(found);
         }
     }
     Ok(None)
@@ -111,6 +133,7 @@ fn last_record(
     topic: &str,
     from: i64,
     identity: &SlotIdentity,
+    key: &str,
 ) -> Result<Option<CheckpointRecord>> {
     let mut assignment = TopicPartitionList::new();
     let assigned = assignment.add_partition_offset(topic, 0, Offset::Offset(from));
@@ -126,7 +149,7 @@ fn last_record(
                 return found.map(parse).transpose();
             }
             Some(Err(e)) => return Err(error(&config.kafka, &e)),
-            Some(Ok(message)) if message.key() == Some(identity.slot.as_bytes()) => {
+            Some(Ok(message)) if message.key() == Some(key.as_bytes()) => {
                 found = Some((message.offset(), message.payload().unwrap_or_default().to_vec()));
             }
             Some(Ok(_)) => {}
@@ -166,6 +189,7 @@ mod tests {
             identity: identity.clone(),
             end_lsn: Lsn(256),
             position: Some(Position { commit_lsn: Lsn(300), ordinal: 4 }),
+            copy: None,
         };
         let value = serde_json::to_vec(&record).unwrap();
         assert_eq!(

@@ -17,7 +17,7 @@ use super::position::sync_dir;
 use crate::archive::{self, Batch, IdlePosition};
 use crate::error::{Error, Result};
 use crate::event::Layout;
-use crate::lsn::{Checkpoint, Position, SlotIdentity};
+use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
 use crate::sink::worker::{Next, Orders};
 
 /// Rows of a row group.
@@ -55,9 +55,19 @@ pub(super) struct Writer {
     work: PathBuf,
     identity: SlotIdentity,
     pipeline: String,
+    began: Began,
     encoded: Encoded,
     files: Vec<OpenFile>,
     batches: u64,
+}
+
+/// What lies before the next batch, for its footer.
+#[derive(Clone, Copy)]
+pub(super) enum Began {
+    /// Nothing: the archive begins at this LSN.
+    At(Lsn),
+    /// A batch that ends with this row.
+    After(Position),
 }
 
 struct OpenFile {
@@ -66,8 +76,15 @@ struct OpenFile {
 }
 
 impl Writer {
-    pub(super) fn new(dir: PathBuf, work: PathBuf, pipeline: String, identity: SlotIdentity, encoded: Encoded) -> Self {
-        Self { dir, work, identity, pipeline, encoded, files: Vec::new(), batches: 0 }
+    pub(super) fn new(
+        dir: PathBuf,
+        work: PathBuf,
+        pipeline: String,
+        identity: SlotIdentity,
+        began: Began,
+        encoded: Encoded,
+    ) -> Self {
+        Self { dir, work, identity, pipeline, began, encoded, files: Vec::new(), batches: 0 }
     }
 
     pub(super) fn run(mut self, orders: &Orders<Todo>) -> Result<()> {
@@ -159,6 +176,7 @@ impl Writer {
             .and_then(|()| fs::rename(&making, self.dir.join(&name)))
             .and_then(|()| sync_dir(&self.dir));
         sealed.map_err(|e| self.io(&e, &making))?;
+        self.began = Began::After(last);
         self.batches += 1;
         metrics::counter!("falaj_produce_archive_batches_total").increment(1);
         tracing::info!(batch = name, seconds = started.elapsed().as_secs_f64(), "sealed");
@@ -191,6 +209,11 @@ impl Writer {
             (archive::META_LAST, archive::bound(last)),
             (archive::META_RESUME, checkpoint.resume.to_string()),
         ];
+        pairs.push(match self.began {
+            Began::At(origin) => (archive::META_ORIGIN, origin.to_string()),
+            Began::After(last) => (archive::META_PREVIOUS, archive::bound(last)),
+        });
+        pairs.push((archive::META_TYPES, json(&layout.columns.iter().map(|c| c.ty).collect::<Vec<_>>())?));
         if checkpoint.partial.is_none() {
             pairs.push((archive::META_END_LSN, checkpoint.resume.to_string()));
         }

@@ -1,0 +1,86 @@
+//! Into a new topic: exactly once, and never into one that holds something else.
+
+use super::{commit, lsn, replay, replayed};
+use crate::rig::process::Ended;
+use crate::rig::{Pipeline, assert_same, check, id, kafka, load, until};
+
+/// Everything of a record but its place.
+fn content(records: Vec<kafka::Record>) -> Vec<(Option<String>, String, Option<i64>)> {
+    let mut content: Vec<_> = records.into_iter().map(|r| (r.key, r.value, r.timestamp)).collect();
+    content.sort_by_cached_key(|(_, value, _)| id(value).to_owned());
+    content
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_into_a_new_topic_is_exact_and_survives_sigkill() {
+    let mut p = Pipeline::new("rp_kafka").await;
+    p.set("FALAJ_PRODUCE__TRANSACTION_BYTES", "64KiB");
+    load::mixed(&p, 60_000, 21).await;
+    p.produce().await;
+    let mut all = Vec::new();
+    for table in check::TABLES {
+        all.extend(p.records(table).await);
+    }
+    let all = content(all);
+    let (from, topic) = (lsn(&all[0].1), format!("{}.again", p.name));
+    let flags = ["--from", &from, "--sink", "kafka", "--topic", &topic];
+    let checkpoints = [p.config.checkpoint_topic()];
+    for _ in 0..2 {
+        let before = kafka::ends(&p.config, &checkpoints).await;
+        let running = p.start(&[&["replay"], &flags[..]].concat());
+        // Each transaction adds a record and a marker.
+        until("a part is in", async || kafka::ends(&p.config, &checkpoints).await[0] > before[0] + 5).await;
+        running.kill();
+    }
+    let part = content(kafka::records(&p.config, &topic).await);
+    assert!(part.len() < all.len(), "killed too late");
+    replayed(&p, &flags).await;
+    let records = kafka::records(&p.config, &topic).await;
+    for pair in records.windows(2).filter(|pair| pair[0].partition == pair[1].partition) {
+        assert!(id(&pair[0].value) < id(&pair[1].value), "order: {pair:?}");
+    }
+    assert!(content(records) == all, "the topic differs");
+    // Again: everything is there.
+    replayed(&p, &flags).await;
+    assert!(content(kafka::records(&p.config, &topic).await) == all, "doubled");
+    // One topic a table, and a part.
+    let (to, each) = (lsn(&all[all.len() / 2].1), format!("{}.part.{{table}}", p.name));
+    replayed(&p, &["--from", &from, "--to", &to, "--sink", "kafka", "--topic", &each]).await;
+    let limit = commit(&all[all.len() / 2].1);
+    for table in check::TABLES {
+        let within = |v: &String| commit(v) <= limit;
+        let expected: Vec<_> = p.values(table).await.into_iter().filter(within).collect();
+        let found = content(kafka::records(&p.config, &each.replace("{table}", table)).await);
+        assert_same(table, &found.into_iter().map(|(_, value, _)| value).collect::<Vec<_>>(), &expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_holds_something_else_is_refused() {
+    let p = Pipeline::new("rp_taken").await;
+    p.run("INSERT INTO engagement_events (event_ts) SELECT now() FROM generate_series(1, 5)").await;
+    p.run("INSERT INTO engagement_events (event_ts) SELECT now() FROM generate_series(1, 5)").await;
+    p.produce().await;
+    let values = p.values("engagement_events").await;
+    let (first, second) = (lsn(&values[0]), lsn(&values[5]));
+    let into = async |topic: &str, from: &str, to: &str| {
+        replay(&p, &["--from", from, "--to", to, "--sink", "kafka", "--topic", topic]).await
+    };
+    let refused = |ended: Ended, words: &str| {
+        assert_eq!(ended.code, Some(78), "{ended:?}");
+        assert!(ended.log.contains("replay_topic") && ended.log.contains(words), "{words}: {}", ended.log);
+    };
+    for own in [p.config.topic("engagement_events"), p.config.checkpoint_topic(), p.config.dead_letter_topic()] {
+        refused(into(&own, &first, &second).await, "of pipeline");
+    }
+    let foreign = format!("{}.foreign", p.name);
+    falaj::kafka::create_topic(&p.config.kafka, &foreign, 1, &[]).await.unwrap();
+    kafka::write(&p.config, &foreign, "k", "v").await;
+    refused(into(&foreign, &first, &second).await, "partition 0 has offsets");
+    let topic = format!("{}.again", p.name);
+    assert_eq!(into(&topic, &first, &second).await.code, Some(0));
+    refused(into(&topic, &second, &second).await, "holds a replay from");
+    refused(into(&topic, &first, &first).await, "holds a replay from");
+    let found = content(kafka::records(&p.config, &topic).await);
+    assert_same("unharmed", &found.into_iter().map(|(_, v, _)| v).collect::<Vec<_>>(), &values);
+}
