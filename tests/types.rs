@@ -51,7 +51,9 @@ async fn every_value_of_every_type_is_what_postgres_says_it_is() {
     }
     binary.run("CREATE PUBLICATION falaj FOR TABLE known; CREATE PUBLICATION falaj_text FOR TABLE known, zoo").await;
     binary.init().await;
-    let text = binary.sibling("text", "falaj_text").await;
+    let mut text = binary.sibling("text", "falaj_text").await;
+    let dataset = text.name.clone();
+    text.set("FALAJ_BIGQUERY__DATASET", &dataset);
     assert_eq!(wire_form(&binary.sql, "falaj").await.unwrap(), WireForm::Binary);
     assert_eq!(wire_form(&binary.sql, "falaj_text").await.unwrap(), WireForm::Text);
     for zoo in [&known, &all] {
