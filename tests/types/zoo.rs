@@ -188,8 +188,9 @@ fn name(prefix: &str, sql: &str) -> String {
     format!("{prefix}_{}", sql.trim_matches('"').chars().map(plain).collect::<String>())
 }
 
-fn is_time(base: &str) -> bool {
-    base == "moment" || base == "timestamp" || base.starts_with("timestamptz")
+/// Not for an array of them.
+fn is_time(sql: &str) -> bool {
+    ["moment", "timestamp", "timestamptz", "timestamptz(3)"].contains(&sql)
 }
 
 fn in_calendar(c: &str) -> String {
