@@ -17,6 +17,10 @@ pub const VERSION: &str = "1";
 pub const POSITION_FILE: &str = "position.json";
 /// Prefix of an owner's work directory.
 pub const WORK_PREFIX: &str = ".work-";
+/// Prefix of the work directory of a backfill, which does not hold the slot.
+pub const HISTORY_WORK_PREFIX: &str = ".backfill-";
+/// In a batch of a backfill: how far its rows reach. Readers of data sets leave out what begins with `_`.
+pub const HISTORY_FILE: &str = "_backfill.json";
 
 /// Footer key: pipeline name.
 pub const META_PIPELINE: &str = "falaj.pipeline";
@@ -99,6 +103,12 @@ impl Batch {
     /// Directory name of a position range.
     pub fn name(first: Position, last: Position) -> String {
         format!("{}-{}", bound(first), bound(last))
+    }
+
+    /// Whether its rows are history that a backfill has copied: they are no part of the stream, and its position does not
+    /// follow from them. Their LSN is one below that of their snapshot, and records lie at multiples of 8.
+    pub fn is_history(&self) -> bool {
+        self.first.commit_lsn.0 % 8 == 7 && self.path.join(HISTORY_FILE).exists()
     }
 
     /// The batch's Parquet files, by table and part. Marks and other files beside them are left out.

@@ -53,8 +53,10 @@ pub struct TableLoad<'a> {
     pub records: &'a Records,
     /// Table name, as in the archive.
     pub table: &'a str,
-    /// All its sealed files, oldest first.
+    /// All its sealed files that the stream has brought, oldest first.
     pub files: &'a TableFiles,
+    /// All its sealed files that backfills have copied.
+    pub history: &'a TableFiles,
     /// Load everything now, rather than a job every `load_every`.
     pub once: bool,
 }
@@ -73,23 +75,34 @@ impl TableLoad<'_> {
     /// [`Error::Fatal`] naming the file or the job that failed; [`Error::Refused`] where BigQuery or its table says no.
     pub async fn run(&self, table_id: &str) -> Result<Outcome> {
         let Some(turn) = self.take().await? else { return Ok(Outcome::default()) };
-        let Some((mut record, known, oldest)) = self.find_new(&turn)? else { return Ok(Outcome::default()) };
+        let stream = self.run_stream(&turn, table_id).await?;
+        let history = self.run_history(&turn, table_id).await?;
+        Ok(Outcome { jobs: stream.jobs + history.jobs, rows: stream.rows + history.rows })
+    }
+
+    async fn run_stream(&self, turn: &Turn, table_id: &str) -> Result<Outcome> {
+        let Some((mut record, known, oldest)) = self.find_new(turn)? else { return Ok(Outcome::default()) };
         if !self.once && !record.wait(self.world.config.bigquery.load_every.0).is_zero() {
             return Ok(Outcome::default());
         }
-        let chain = Chain {
-            world: self.world,
-            service: self.service,
-            name: format!("{}-{}", oldest.origin.pipeline, self.table),
-            owner: record.owner.clone(),
-            table_id: table_id.to_owned(),
-        };
+        let chain = self.chain(&oldest, table_id);
         if !known || record.open {
             self.ensure_table(&chain, &oldest).await?;
             recover(&chain, &mut record).await?;
             turn.write(&record)?;
         }
-        self.load(&chain, &turn, &mut record).await
+        self.load(&chain, turn, &mut record).await
+    }
+
+    /// The jobs of the stream that a file is of.
+    pub(super) fn chain(&self, source: &Source, table_id: &str) -> Chain<'_> {
+        Chain {
+            world: self.world,
+            service: self.service,
+            name: format!("{}-{}", source.origin.pipeline, self.table),
+            owner: chain::owner(&source.origin, self.table),
+            table_id: table_id.to_owned(),
+        }
     }
 
     /// The lock; with `once` the table is waited for, because it is to be loaded when this ends.
@@ -139,7 +152,7 @@ impl TableLoad<'_> {
             let fields = self.ensure_table(chain, &group.sources[0]).await?;
             let key = columns::names_in(&group.sources[0].primary_key, group.sources[0].schema());
             let through = group.through;
-            let load = prepare(group, record.loaded, fields.clone(), turn.scratch()).await?;
+            let load = prepare(group.sources, record.loaded, fields.clone(), turn.scratch()).await?;
             let end = load.as_ref().map(|load| load.last);
             if let Some(load) = load {
                 outcome.rows += job(chain, turn, record, &load, &fields).await?;
@@ -161,7 +174,7 @@ impl TableLoad<'_> {
     }
 
     /// Makes the table where it is absent. The columns of a job: those of the file, then those that only the table has.
-    async fn ensure_table(&self, chain: &Chain<'_>, source: &Source) -> Result<Vec<TableFieldSchema>> {
+    pub(super) async fn ensure_table(&self, chain: &Chain<'_>, source: &Source) -> Result<Vec<TableFieldSchema>> {
         let refused = |why: String| {
             Error::refused(
                 "bigquery_table",
@@ -197,7 +210,12 @@ impl TableLoad<'_> {
     }
 
     /// A view that falaj has made follows the table's columns; one without its label is left as it is.
-    async fn ensure_view(&self, chain: &Chain<'_>, key: &[String], fields: &[TableFieldSchema]) -> Result<()> {
+    pub(super) async fn ensure_view(
+        &self,
+        chain: &Chain<'_>,
+        key: &[String],
+        fields: &[TableFieldSchema],
+    ) -> Result<()> {
         let id = columns::view_id(&chain.table_id);
         if key.is_empty() {
             return Ok(());
@@ -285,13 +303,13 @@ async fn recover(chain: &Chain<'_>, record: &mut Record) -> Result<()> {
 }
 
 /// Reads and merges files off the runtime's threads.
-async fn prepare(
-    group: Group,
+pub(super) async fn prepare(
+    sources: Vec<Source>,
     after: Option<Position>,
     fields: Vec<TableFieldSchema>,
     scratch: PathBuf,
 ) -> Result<Option<Load>> {
-    let work = move || files::prepare(&group.sources, after, &fields, &scratch);
+    let work = move || files::prepare(&sources, after, &fields, &scratch);
     spawn_blocking(work).await.map_err(|e| Error::fatal("merging files", e))?
 }
 
@@ -322,11 +340,13 @@ async fn job(
         return Err(Error::fatal(format_args!("loading {}: job {}", chain.name, job.id), why));
     }
     told(chain, load, &job, begun);
+    let lsn = job.to.commit_lsn.0 as f64;
+    metrics::gauge!("falaj_upload_loaded_lsn", "table" => chain.table_id.clone()).set(lsn);
     Ok(job.rows.unwrap_or(load.rows))
 }
 
 /// The progress line, and the figures.
-fn told(chain: &Chain<'_>, load: &Load, job: &Followed, begun: Instant) {
+pub(super) fn told(chain: &Chain<'_>, load: &Load, job: &Followed, begun: Instant) {
     let (table, seconds) = (&chain.table_id, begun.elapsed().as_secs_f64());
     let rows = job.rows.unwrap_or(load.rows);
     let range = format_args!("{} – {}", load.first, job.to);
@@ -336,7 +356,6 @@ fn told(chain: &Chain<'_>, load: &Load, job: &Followed, begun: Instant) {
     metrics::counter!("falaj_upload_rows_total", &label()).increment(rows);
     metrics::counter!("falaj_upload_bytes_total", &label()).increment(load.bytes);
     metrics::histogram!("falaj_upload_job_seconds", &label()).record(seconds);
-    metrics::gauge!("falaj_upload_loaded_lsn", &label()).set(job.to.commit_lsn.0 as f64);
 }
 
 fn check_owner(chain: &Chain<'_>, table: &Table) -> Result<()> {
