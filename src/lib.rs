@@ -19,6 +19,7 @@ pub mod sink; //        outlets of produce
 pub mod check; //       every requirement: found, needed, fix
 pub mod init; //        publication, topics, slot, first lookup state
 
+pub mod backfill; //    history → sinks, beside the stream
 pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
 pub mod generate; //    seeded load
 pub mod mock_external; // the simulated outside system

@@ -72,7 +72,7 @@ impl Stage {
         }
         let (url, faults) = (&config.external.url, super::FAULTS * 100.0);
         screen.say(&format!("outside    the simulator at {url}, {faults} % of its answers are faults"));
-        init::run(&self.world, &cli::Init { yes: true, with_tables: true, adopt_slot: false }).await
+        init::run(&self.world, &cli::Init { yes: true, with_tables: true, adopt_slot: false, snapshot: false }).await
     }
 
     /// The database, made anew. A slot in use means that another demo runs.

@@ -4,6 +4,7 @@
 //! read_committed, to its end. A transaction larger than the limit flows as several: the position has the ordinal.
 
 mod commit;
+mod history;
 mod position;
 
 use std::collections::BTreeSet;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::Producer;
+use rdkafka::producer::{BaseProducer, Producer};
 
 use super::worker::Worker;
 use super::{Opened, Sink, Stored};
@@ -21,8 +22,9 @@ use crate::error::{Error, Result};
 use crate::event::{Event, Layout};
 use crate::kafka;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
-use commit::{Committer, Piece, Record, producer};
-use position::{read_position, require};
+use commit::{Committer, Piece, Progress, Record, producer};
+pub use history::{Fenced, fence, open_history, read_history};
+use position::{progress, read_position, require};
 
 /// What is buffered is handed to the producing thread in pieces of about this size.
 const PIECE: usize = 256 << 10;
@@ -58,10 +60,7 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String
     let (producer, position) = blocking.await.map_err(|e| Error::fatal("opening the Kafka sink", e))??;
     // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
-    let committer = Committer::new(producer, &config, identity.clone());
-    let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
-    let (topics, bytes, records) = Default::default();
-    let sink = Box::new(KafkaSink { config, worker, start, topics, known, bytes, records });
+    let sink = Box::new(KafkaSink::start(config, producer, progress(identity.clone()), start, known)?);
     Ok(Opened { sink, position: position.map(Stored) })
 }
 
@@ -152,6 +151,20 @@ impl Sink for KafkaSink {
 }
 
 impl KafkaSink {
+    /// Starts the producing thread. `known` are the topics that are there.
+    fn start(
+        config: Arc<Config>,
+        producer: BaseProducer,
+        progress: Progress,
+        start: Checkpoint,
+        known: BTreeSet<String>,
+    ) -> Result<Self> {
+        let committer = Committer::new(producer, &config, progress);
+        let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
+        let (topics, bytes, records) = Default::default();
+        Ok(Self { config, worker, start, topics, known, bytes, records })
+    }
+
     async fn hand_over(&mut self, checkpoint: Checkpoint, now: bool) -> Result<()> {
         let capacity = self.bytes.len();
         let bytes = std::mem::replace(&mut self.bytes, Vec::with_capacity(capacity));

@@ -5,5 +5,6 @@ pub mod chunk; //   what the reading thread hands over
 pub mod conn; //    where Postgres is; SQL sessions
 mod pace;
 pub mod slot; //    the slot and the catalogue, as SQL sees them
+pub mod snapshot; // exported snapshots that belong to an LSN
 pub mod stream; //  the CopyBoth stream
 pub mod wire; //    the replication connection

@@ -8,11 +8,10 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::OwnedHeaders;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
-use super::position::CheckpointRecord;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
 use crate::kafka::{TIMEOUT, client_over, error};
-use crate::lsn::{Checkpoint, SlotIdentity};
+use crate::lsn::Checkpoint;
 use crate::sink::worker::{Next, Order, Orders};
 
 /// An open transaction with nothing more coming is closed after this long: a little company halves the broker's work.
@@ -45,12 +44,15 @@ pub(super) struct Record {
     pub(super) headers: Option<OwnedHeaders>,
 }
 
+/// Key and value of the record that says, within the transaction, how far its events reach.
+pub(super) type Progress = Box<dyn Fn(Checkpoint) -> Result<(String, Vec<u8>)> + Send>;
+
 /// The thread's side: owns the producer and the open Kafka transaction.
 pub(super) struct Committer {
     producer: BaseProducer,
     config: config::Kafka,
     topic: String,
-    identity: SlotIdentity,
+    progress: Progress,
     limit: usize,
     age: Duration,
     open: Option<Open>,
@@ -65,12 +67,12 @@ struct Open {
 }
 
 impl Committer {
-    pub(super) fn new(producer: BaseProducer, config: &Config, identity: SlotIdentity) -> Self {
+    pub(super) fn new(producer: BaseProducer, config: &Config, progress: Progress) -> Self {
         Self {
             producer,
             config: config.kafka.clone(),
             topic: config.checkpoint_topic(),
-            identity,
+            progress,
             limit: config.produce.transaction_bytes.0,
             age: config.produce.transaction_age.0,
             open: None,
@@ -151,12 +153,8 @@ impl Committer {
 
     fn commit(&mut self, orders: &Orders<Piece>) -> Result<()> {
         let Some(Open { checkpoint, since, bytes, .. }) = self.open.take() else { return Ok(()) };
-        let Checkpoint { resume: end_lsn, partial: position } = checkpoint;
-        let record = CheckpointRecord { identity: self.identity.clone(), end_lsn, position };
-        let value = serde_json::to_vec(&record).map_err(|e| Error::fatal("writing a checkpoint", e))?;
-        self.send(
-            BaseRecord::to(&self.topic).key(self.identity.slot.as_bytes()).payload(value.as_slice()).partition(0),
-        )?;
+        let (key, value) = (self.progress)(checkpoint)?;
+        self.send(BaseRecord::to(&self.topic).key(key.as_bytes()).payload(value.as_slice()).partition(0))?;
         self.drain();
         self.retrying(|p| p.commit_transaction(TIMEOUT))?;
         orders.durable(checkpoint);

@@ -1,7 +1,7 @@
 //! The encoding thread: writes, seals and renames batches.
 
 use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -15,6 +15,7 @@ use parquet::schema::types::ColumnPath;
 
 use super::position::sync_dir;
 use crate::archive::{self, Batch, IdlePosition};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::event::Layout;
 use crate::lsn::{Checkpoint, Position, SlotIdentity};
@@ -49,12 +50,21 @@ impl Encoded {
     }
 }
 
+/// What a batch says of how far its rows reach.
+pub(super) enum Progress {
+    /// Its footers have the stream's position, and an idle position has a file of its own.
+    Stream,
+    /// A copy of history: the batch holds a file with what this gives for a checkpoint.
+    History(Box<dyn Fn(Checkpoint) -> Result<Vec<u8>> + Send>),
+}
+
 /// The thread's side: encodes, seals, renames.
 pub(super) struct Writer {
     dir: PathBuf,
     work: PathBuf,
     identity: SlotIdentity,
     pipeline: String,
+    progress: Progress,
     encoded: Encoded,
     files: Vec<OpenFile>,
     batches: u64,
@@ -66,8 +76,16 @@ struct OpenFile {
 }
 
 impl Writer {
-    pub(super) fn new(dir: PathBuf, work: PathBuf, pipeline: String, identity: SlotIdentity, encoded: Encoded) -> Self {
-        Self { dir, work, identity, pipeline, encoded, files: Vec::new(), batches: 0 }
+    /// Writes to `config`'s archive by way of `work`.
+    pub(super) fn new(
+        config: &Config,
+        work: PathBuf,
+        identity: SlotIdentity,
+        progress: Progress,
+        encoded: Encoded,
+    ) -> Self {
+        let (dir, pipeline) = (config.archive.dir.clone(), config.pipeline.clone());
+        Self { dir, work, identity, pipeline, progress, encoded, files: Vec::new(), batches: 0 }
     }
 
     pub(super) fn run(mut self, orders: &Orders<Todo>) -> Result<()> {
@@ -154,6 +172,10 @@ impl Writer {
         for file in std::mem::take(&mut self.files) {
             self.close(file, checkpoint, first, last)?;
         }
+        if let Progress::History(progress) = &self.progress {
+            let path = making.join(archive::HISTORY_FILE);
+            write_synced(&path, &progress(checkpoint)?).map_err(|e| self.io(&e, &path))?;
+        }
         let name = Batch::name(first, last);
         let sealed = sync_dir(&making)
             .and_then(|()| fs::rename(&making, self.dir.join(&name)))
@@ -189,10 +211,12 @@ impl Writer {
             (archive::META_SLOT, json(&self.identity)?),
             (archive::META_FIRST, archive::bound(first)),
             (archive::META_LAST, archive::bound(last)),
-            (archive::META_RESUME, checkpoint.resume.to_string()),
         ];
-        if checkpoint.partial.is_none() {
-            pairs.push((archive::META_END_LSN, checkpoint.resume.to_string()));
+        if let Progress::Stream = self.progress {
+            pairs.push((archive::META_RESUME, checkpoint.resume.to_string()));
+            if checkpoint.partial.is_none() {
+                pairs.push((archive::META_END_LSN, checkpoint.resume.to_string()));
+            }
         }
         let name = |at: &usize| layout.columns[*at].name.clone();
         if !layout.primary_key.is_empty() {
@@ -203,6 +227,9 @@ impl Writer {
     }
 
     fn idle(&self, checkpoint: Checkpoint) -> Result<()> {
+        if let Progress::History(_) = self.progress {
+            return Ok(());
+        }
         let position = IdlePosition { identity: self.identity.clone(), lsn: checkpoint.resume };
         let tmp = self.work.join(archive::POSITION_FILE);
         let stored = (|| {
@@ -235,6 +262,12 @@ impl Writer {
         }
         Error::fatal("archive, encoding Parquet", e)
     }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
 }
 
 fn json(value: &impl serde::Serialize) -> Result<String> {
