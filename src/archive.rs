@@ -215,6 +215,21 @@ mod tests {
     }
 
     #[test]
+    fn a_batch_of_a_backfill_says_so_and_lies_between_two_records() {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |lsn, file| {
+            let batch = dir.path().join(Batch::name(at(lsn, 0), at(lsn, 9)));
+            std::fs::create_dir(&batch).unwrap();
+            std::fs::write(batch.join(file), "{}").unwrap();
+        };
+        make(0x107, HISTORY_FILE);
+        make(0x207, "t.parquet");
+        make(0x300, HISTORY_FILE);
+        let history: Vec<_> = list(dir.path()).unwrap().iter().map(Batch::is_history).collect();
+        assert_eq!(history, [true, false, false]);
+    }
+
+    #[test]
     fn hostile_table_names_stay_inside_the_directory() {
         for name in ["../../etc/passwd", ".hidden", "a/b", "line\nbreak", "emoji 🎧", "quote\"'", "%41", "app.1"] {
             let file = file_name(name, 0);

@@ -8,12 +8,17 @@ use std::time::Duration;
 use falaj::lsn::Lsn;
 use serde_json::{Map, Value};
 
-use crate::rig::{Pipeline, Servers, archive, assert_same, bigquery, id, kafka, until};
+use crate::rig::stack::Stack;
+use crate::rig::{Pipeline, Servers, archive, assert_same, bigquery, connect, id, kafka, until};
 use fold::{Writer, fold, source};
 
 /// A table of so many rows that is published, and not yet in the stream: they are older than the slot.
 async fn with_items(name: &str, rows: i64, columns: &str) -> Pipeline {
-    let p = Pipeline::bare(Servers::shared(), name).await;
+    with_items_on(Servers::shared(), name, rows, columns).await
+}
+
+async fn with_items_on(servers: Servers, name: &str, rows: i64, columns: &str) -> Pipeline {
+    let p = Pipeline::bare(servers, name).await;
     p.run(include_str!("../sql/01_tables.sql")).await;
     p.run(&format!(
         "CREATE TABLE item ({columns}); ALTER TABLE item ALTER body SET STORAGE EXTERNAL;
@@ -227,7 +232,7 @@ async fn init_snapshot_of_a_slot_that_exists_is_refused() {
 struct Inserts(std::sync::Arc<std::sync::atomic::AtomicBool>, tokio::task::JoinHandle<i64>);
 
 async fn connect_and_insert(p: &Pipeline, after: i64) -> Inserts {
-    let client = crate::rig::connect(&p.config.postgres.url).await;
+    let client = connect(&p.config.postgres.url).await;
     let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let stopped = std::sync::Arc::clone(&stop);
     Inserts(
@@ -387,6 +392,46 @@ async fn a_copy_whose_sessions_are_terminated_goes_on_by_itself() {
         until("it is noticed", async || copy.log().matches("going on from what is stored").count() == n).await;
         assert!(copy.runs(), "{}", copy.log());
     }
+    copy.ends_well().await;
+    let all: Vec<i64> = (1..=rows).collect();
+    assert!(keys(&p.values("item").await) == all && keys(&p.rows("item")) == all);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_is_written_and_not_yet_seen_is_waited_for() {
+    let stack = Stack::up("unseen", &["postgres"]);
+    let p = with_items_on(Servers::shared().with(stack.addresses()), "bunseen", 10, KEYED).await;
+    p.init().await;
+    p.run("SET synchronous_commit = local").await;
+    // Nobody confirms: the commit record is in the WAL, and the transaction stays out of every ordinary snapshot.
+    p.run("ALTER SYSTEM SET synchronous_standby_names = 'nobody'").await;
+    p.run("SELECT pg_reload_conf()").await;
+    let writer = connect(&p.config.postgres.url).await;
+    until("the server knows", async || p.text("current_setting('synchronous_standby_names')").await == "nobody").await;
+    let update = tokio::spawn(async move { writer.batch_execute("UPDATE item SET v = 1 WHERE id = 1").await.unwrap() });
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    until("the commit waits", async || p.text(waits).await == "1").await;
+    let mut copy = p.start(&["backfill", "item"]);
+    copy.says("waiting for running transactions to end").await;
+    p.run("ALTER SYSTEM RESET synchronous_standby_names").await;
+    p.run("SELECT pg_reload_conf()").await;
+    update.await.unwrap();
+    copy.ends_well().await;
+    p.produce().await;
+    assert_eq!(fold(p.values("item").await), source(&p).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_kafka_broker_is_killed_under_a_copy() {
+    let stack = Stack::up("bbroker", &["kafka"]);
+    let rows = 40_000;
+    let p = with_items_on(Servers::shared().with(stack.addresses()), "bbroker", rows, KEYED).await;
+    p.init().await;
+    let copy = p.start(&["backfill", "item", "--rate", "5000"]);
+    let topic = [p.config.topic("item")];
+    until("rows come", async || kafka::ends(&p.config, &topic).await.iter().sum::<i64>() > 1000).await;
+    stack.call(&["kill", "kafka"]);
+    stack.call(&["up", "kafka"]);
     copy.ends_well().await;
     let all: Vec<i64> = (1..=rows).collect();
     assert!(keys(&p.values("item").await) == all && keys(&p.rows("item")) == all);

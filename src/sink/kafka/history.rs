@@ -17,27 +17,30 @@ use crate::lsn::{Checkpoint, Lsn};
 use crate::sink::Sink;
 
 /// The producer of one lane. Whoever had it before can write no more, and what he left open is rolled back.
-pub struct Fenced(BaseProducer);
+pub struct Fenced {
+    producer: BaseProducer,
+    /// Topics that are there.
+    known: BTreeSet<String>,
+}
 
 /// Takes the producers of all lanes over. `tables` are those that will be copied: each needs its topic.
 ///
 /// # Errors
 /// As the sink's own: [`Error::Refused`] for rights or an absent topic; [`Error::Unreachable`] without a broker.
 pub async fn fence(config: &Arc<Config>, lanes: usize, tables: &[String]) -> Result<Vec<Fenced>> {
-    let needed: Vec<String> =
-        [config.checkpoint_topic()].into_iter().chain(tables.iter().map(|t| config.topic(t))).collect();
-    let (config, first) = (Arc::clone(config), Arc::clone(config));
+    let known: BTreeSet<String> = tables.iter().map(|table| config.topic(table)).collect();
+    let (c, needed) = (Arc::clone(config), known.clone());
     let check = move || {
-        let topics = kafka::topics(&first.kafka, kafka::TIMEOUT)?;
-        needed.iter().try_for_each(|topic| require(&topics, topic))
+        let topics = kafka::topics(&c.kafka, kafka::TIMEOUT)?;
+        [c.checkpoint_topic()].iter().chain(&needed).try_for_each(|topic| require(&topics, topic))
     };
     blocking(check).await?;
     let open = |lane: usize| {
-        let config = Arc::clone(&config);
+        let (config, known) = (Arc::clone(config), known.clone());
         blocking(move || {
             let producer = producer(&config, &format!("{}.backfill.{lane}", config.postgres.slot))?;
             producer.init_transactions(kafka::TIMEOUT).map_err(|e| kafka::error(&config.kafka, &e))?;
-            Ok(Fenced(producer))
+            Ok(Fenced { producer, known })
         })
     };
     futures_util::future::try_join_all((0..lanes).map(open)).await
@@ -49,17 +52,11 @@ pub async fn fence(config: &Arc<Config>, lanes: usize, tables: &[String]) -> Res
 /// [`Error::Fatal`] when no thread can be started.
 pub fn open_history(
     config: &Arc<Config>,
-    producer: Fenced,
+    lane: Fenced,
     progress: impl Fn(Checkpoint) -> Result<(String, Vec<u8>)> + Send + 'static,
 ) -> Result<Box<dyn Sink>> {
-    let progress: Progress = Box::new(progress);
-    Ok(Box::new(KafkaSink::start(
-        Arc::clone(config),
-        producer.0,
-        progress,
-        Checkpoint::whole(Lsn(0)),
-        BTreeSet::default(),
-    )?))
+    let (progress, start): (Progress, _) = (Box::new(progress), Checkpoint::whole(Lsn(0)));
+    Ok(Box::new(KafkaSink::start(Arc::clone(config), lane.producer, progress, start, lane.known)?))
 }
 
 /// The newest record of every key that begins with `prefix`. Read it when all lanes are fenced.
