@@ -31,6 +31,8 @@ async fn with_items_on(servers: Servers, name: &str, rows: i64, columns: &str) -
 }
 
 const KEYED: &str = "id bigint PRIMARY KEY, v int NOT NULL, body text";
+/// Not a primary key: it is cut by the place of its rows.
+const UNIQUE: &str = "id bigint UNIQUE, v int NOT NULL, body text";
 const KEYLESS: &str = "id bigint, v int NOT NULL, body text";
 
 fn field(event: &str, name: &str) -> Value {
@@ -60,7 +62,7 @@ async fn a_copy_beside_a_writer_on_the_same_rows_folds_to_the_source() {
     p.init().await;
     let produce = p.start(&["produce"]);
     p.streams("").await;
-    let writer = Writer::start(&p, rows, 7).await;
+    let writer = Writer::start(&p, rows, 7, true).await;
     let mut copy = p.start(&["backfill", "item", "--jobs", "3", "--rate", "10000"]);
     let mut most = 0;
     while copy.runs() {
@@ -135,21 +137,30 @@ async fn sigkill_of_a_backfill_of_a_table_without_a_key_loses_and_doubles_no_row
     killed("bkillctid", KEYLESS).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_killed_copy_beside_a_writer_folds_to_the_source() {
+async fn killed_beside_a_writer(name: &str, columns: &str, moves: bool) {
     let rows = 20_000;
-    let mut p = with_items("bkillw", rows, KEYED).await;
+    let mut p = with_items(name, rows, columns).await;
     p.set("FALAJ_PRODUCE__TRANSACTION_BYTES", "64KiB");
     p.set("FALAJ_ARCHIVE__SEAL_BYTES", "32KiB");
     p.run("ALTER TABLE item REPLICA IDENTITY FULL").await;
     p.init().await;
-    let writer = Writer::start(&p, rows, 11).await;
+    let writer = Writer::start(&p, rows, 11, moves).await;
     kill_and_go_on(&p, &["backfill", "item", "--rate", "10000"]).await;
     writer.stop().await;
     p.produce().await;
     let expected = source(&p).await;
     assert_eq!(fold(p.values("item").await), expected);
     assert_eq!(fold(p.rows("item")), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_copy_beside_a_writer_folds_to_the_source() {
+    killed_beside_a_writer("bkillw", KEYED, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_copy_by_place_beside_a_writer_folds_to_the_source() {
+    killed_beside_a_writer("bkillp", UNIQUE, false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

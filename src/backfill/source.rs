@@ -21,6 +21,9 @@ use crate::world::{START_PATIENCE, World};
 /// How often the lock of another backfill is tried again.
 const AGAIN: std::time::Duration = std::time::Duration::from_millis(500);
 
+/// Bytes of a table for which the order of its rows on disk matters: beyond, it is not simply in memory.
+const LARGE: i64 = 1 << 30;
+
 /// A snapshot that belongs to an LSN, and a session that sees it.
 pub(crate) struct Source {
     pub(super) conninfo: Conninfo,
@@ -102,8 +105,11 @@ impl Source {
             return self.new_plan(config, wanted, found, lanes).await;
         };
         plan.require(state, &self.identity, wanted.filter.as_deref())?;
-        let (order, storage) = self.order(found).await?;
-        if plan.order != order || plan.storage != storage {
+        let fits = match is_by_place(&plan.order) {
+            true => plan.storage == Some(self.storage(found).await?),
+            false => plan.order == statement::order(&found.table, &self.types(found).await?),
+        };
+        if !fits {
             let why = "an unfinished backfill; since then the table was rewritten, or has got another key";
             return Err(refused(&path, why.into()));
         }
@@ -134,9 +140,24 @@ impl Source {
 
     /// What a table is cut by; where that is the place of its rows, also which files they are in.
     async fn order(&self, found: &Found) -> Result<(Vec<Part>, Option<String>)> {
-        let order = statement::order(&found.table, &self.types(found).await?);
+        let mut order = statement::order(&found.table, &self.types(found).await?);
+        if self.is_scattered(found, &order[0].column).await? {
+            order = statement::by_place();
+        }
         let storage = if is_by_place(&order) { Some(self.storage(found).await?) } else { None };
         Ok((order, storage))
+    }
+
+    /// Whether a large table's rows lie in another order than its key's, so that reading them by the key would take a block
+    /// for each row. After a crash a copy by place leans on the updates of the stream, so these must be complete.
+    async fn is_scattered(&self, found: &Found, column: &str) -> Result<bool> {
+        let sql = "SELECT pg_relation_size(c.oid) >= $3 \
+                       AND (c.relreplident = 'f' OR coalesce(pg_relation_size(nullif(c.reltoastrelid, 0)), 0) = 0) \
+                       AND EXISTS (SELECT FROM pg_stats s WHERE s.schemaname = n.nspname AND s.tablename = c.relname \
+                           AND s.attname::text = $2 AND abs(s.correlation) < 0.9) \
+                   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1";
+        let row = self.client.query_one(sql, &[&found.table.relation.oid, &column, &LARGE]).await;
+        Ok(row.map_err(|e| failed(&e))?.get(0))
     }
 
     /// Column names and types, as SQL writes them.

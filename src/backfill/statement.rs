@@ -59,9 +59,14 @@ pub(super) fn order(table: &Table, types: &[(String, String)]) -> Vec<Part> {
     let key = table.primary_key.iter().filter(|name| published(name));
     let key: Vec<Part> = key.filter_map(|name| Some(Part { column: name.clone(), ty: ty(name)? })).collect();
     if key.is_empty() || key.len() < table.primary_key.len() {
-        return vec![Part { column: "ctid".into(), ty: "tid".into() }];
+        return by_place();
     }
     key
+}
+
+/// Cut by where the rows lie.
+pub(super) fn by_place() -> Vec<Part> {
+    vec![Part { column: "ctid".into(), ty: "tid".into() }]
 }
 
 /// The conditions on every row: the publication's own, and `--where`.

@@ -55,7 +55,8 @@ pub struct Writer {
 }
 
 impl Writer {
-    pub async fn start(p: &Pipeline, rows: i64, seed: u64) -> Self {
+    /// Without `moves` it changes no key.
+    pub async fn start(p: &Pipeline, rows: i64, seed: u64, moves: bool) -> Self {
         let client = connect(&p.config.postgres.url).await;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
@@ -64,7 +65,7 @@ impl Writer {
             while !stopped.load(Ordering::Relaxed) {
                 let mut sql = String::new();
                 for _ in 0..random.random_range(1..8) {
-                    sql += &change(&mut random, rows);
+                    sql += &change(&mut random, rows, if moves { 6 } else { 5 });
                 }
                 let roll_back = random.random_range(0..10) == 0;
                 let end = if roll_back { "ROLLBACK" } else { "COMMIT" };
@@ -83,10 +84,10 @@ impl Writer {
     }
 }
 
-fn change(random: &mut StdRng, rows: i64) -> String {
+fn change(random: &mut StdRng, rows: i64, kinds: u32) -> String {
     let id = random.random_range(-rows..2 * rows);
     let other = random.random_range(-rows..2 * rows);
-    match random.random_range(0..6) {
+    match random.random_range(0..kinds) {
         0 => format!("INSERT INTO item VALUES ({id}, 0, repeat('n', 3000)) ON CONFLICT DO NOTHING;"),
         1 => format!("UPDATE item SET v = v + 1 WHERE id = {id};"),
         2 => format!("UPDATE item SET body = 'short {other}' WHERE id = {id};"),
