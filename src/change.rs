@@ -1,6 +1,7 @@
 //! A change as the stream brings it: numbered, not yet enriched.
 
 use crate::lsn::{Lsn, Position};
+use crate::message::Sent;
 use crate::pgoutput::{Message, Old, Tuple};
 
 /// What happened to a row; the event's `_op`.
@@ -16,6 +17,13 @@ pub enum Op {
     Read,
     /// `t`: its table was truncated.
     Truncate,
+    /// `m`: no row, but a message of `pg_logical_emit_message`.
+    Message {
+        /// End of its WAL record.
+        lsn: Lsn,
+        /// Sent within a transaction, and so at its commit.
+        transactional: bool,
+    },
 }
 
 impl Op {
@@ -27,6 +35,7 @@ impl Op {
             Self::Delete => "d",
             Self::Read => "r",
             Self::Truncate => "t",
+            Self::Message { .. } => "m",
         }
     }
 }
@@ -68,6 +77,15 @@ pub enum Step<'a> {
     Truncate(Vec<Change<'a>>),
     /// The schema of the following rows.
     Relation(crate::schema::Relation),
+    /// A user-defined type of the next Relation; of a domain, its base type. Takes no number.
+    Type {
+        /// `pg_type.oid`, of the domain itself.
+        oid: u32,
+        /// Schema; empty for `pg_catalog`.
+        namespace: &'a str,
+        /// Name.
+        name: &'a str,
+    },
     /// The transaction is whole up to this LSN.
     Commit {
         /// End of the commit record.
@@ -75,7 +93,9 @@ pub enum Step<'a> {
         /// Commit time, µs since the Unix epoch.
         commit_ts: i64,
     },
-    /// A message that changes no row and takes no number.
+    /// A message of `pg_logical_emit_message`: it takes no number.
+    Message(Sent<'a>),
+    /// Something that changes no row and takes no number.
     Other,
 }
 
@@ -127,7 +147,12 @@ impl Assembler {
             }
             Message::Relation(relation) => Ok(Step::Relation(relation)),
             Message::Commit { commit_lsn, end_lsn, commit_ts } => self.commit(commit_lsn, end_lsn, commit_ts),
-            Message::Type { .. } | Message::Origin { .. } | Message::Logical { .. } => Ok(Step::Other),
+            Message::Logical { transactional, lsn, prefix, content } => {
+                let (at, commit_ts) = self.place_of(transactional, lsn)?;
+                Ok(Step::Message(Sent { at, commit_ts, lsn, prefix, content }))
+            }
+            Message::Type { oid, namespace, name } => Ok(Step::Type { oid, namespace, name }),
+            Message::Origin { .. } => Ok(Step::Other),
             Message::StreamStart { .. }
             | Message::StreamStop
             | Message::StreamCommit { .. }
@@ -151,6 +176,19 @@ impl Assembler {
         let at = Position { commit_lsn: open.commit_lsn, ordinal: open.next };
         open.next += 1;
         Ok(Change { at, commit_ts: open.commit_ts, relation, row })
+    }
+
+    /// Position and commit time of a message. Without a transaction it comes when it is decoded: between two of them.
+    fn place_of(&self, transactional: bool, lsn: Lsn) -> Result<(Position, Option<i64>), OutOfOrder> {
+        match (&self.open, transactional) {
+            (Some(o), true) => Ok((Position { commit_lsn: o.commit_lsn, ordinal: o.next }, Some(o.commit_ts))),
+            // No commit record begins within the message's own one.
+            (None, false) => Ok((Position { commit_lsn: Lsn(lsn.0.saturating_sub(1)), ordinal: 0 }, None)),
+            (Some(o), false) => {
+                Err(OutOfOrder(format!("message {lsn} of no transaction within that of {}", o.commit_lsn)))
+            }
+            (None, true) => Err(OutOfOrder(format!("message {lsn} outside its transaction"))),
+        }
     }
 
     fn commit<'a>(&mut self, commit_lsn: Lsn, end_lsn: Lsn, commit_ts: i64) -> Result<Step<'a>, OutOfOrder> {
@@ -213,6 +251,9 @@ mod tests {
         a.push(begin(100)).unwrap();
         assert!(a.push(begin(200)).is_err());
         assert!(a.push(Message::StreamStop).is_err());
+        let message = |transactional| Message::Logical { transactional, lsn: Lsn(7), prefix: "", content: b"" };
+        assert!(a.push(message(false)).is_err());
+        assert!(Assembler::default().push(message(true)).is_err());
     }
 
     fn row(tuple: Tuple<'_>) -> String {
@@ -246,6 +287,10 @@ mod tests {
                 format!("relation {} {} ({})", r.oid, r.table(), columns.join(", "))
             }
             Step::Commit { end_lsn, .. } => format!("commit, acknowledge {end_lsn}"),
+            Step::Message(m) => {
+                format!("{} at {}: {:?} {:?}", m.lsn, m.at, m.prefix, String::from_utf8_lossy(m.content))
+            }
+            Step::Type { oid, name, .. } => format!("type {oid} {name}"),
             Step::Other => "nothing".into(),
         }
     }

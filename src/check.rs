@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::config::SinkName;
+use crate::config::{Config, SinkName};
 use crate::error::{Error, Refusal, Result};
+use crate::sink::kafka::require_room;
 use crate::world::{World, print};
 
 /// How long one server may take to answer.
@@ -112,10 +113,24 @@ pub async fn findings(world: &World) -> Vec<Finding> {
     );
     let mut all = postgres.findings;
     if let Some(probe) = kafka {
-        all.extend(probe.into_findings(config, &postgres.tables));
+        match config.sources(postgres.tables) {
+            Ok(tables) => {
+                all.extend(probe.into_findings(config, &tables));
+                all.extend(room(config, &tables).await);
+            }
+            Err(error) => all.push(Finding::of::<&str>("table_names", "one name a source of events", Err(error))),
+        }
     }
     all.extend(peers);
     all
+}
+
+/// Whether topics and broker take what a raised `message.max.bytes` allows.
+async fn room(config: &Config, tables: &[String]) -> Option<Finding> {
+    let topics: Vec<String> = tables.iter().map(|table| config.topic(table)).collect();
+    let asked = within("Kafka", require_room(config, &topics)).await.transpose()?;
+    let told = asked.map(|bytes| format!("every topic takes {bytes} bytes"));
+    Some(Finding::of("kafka_too_large", "topics that take message.max.bytes", told))
 }
 
 fn verdict(findings: &[Finding]) -> Result<()> {

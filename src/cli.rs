@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::backfill::JOBS;
-use crate::config::{SinkName, Span};
+use crate::config::{Envelope, SinkName, Span};
 use crate::lsn::Lsn;
 
 /// Streams Postgres changes, exactly once, to Kafka, Parquet/BigQuery, Redis and HTTP, from one LSN.
@@ -102,6 +102,9 @@ pub struct Produce {
     /// Stop when exactly the transactions with end_lsn ≤ LSN are durable
     #[arg(long, value_name = "LSN")]
     pub until_lsn: Option<Lsn>,
+    /// Form of an event's body in Kafka; wins over kafka.envelope
+    #[arg(long, value_enum)]
+    pub envelope: Option<Envelope>,
 }
 
 /// Flags of `backfill`.

@@ -1,6 +1,7 @@
 //! Configuration: defaults < file < environment < flags. Unknown keys are errors, so that a typing error never goes unseen.
 
 mod layers;
+mod sources;
 mod units;
 
 use std::collections::BTreeMap;
@@ -69,6 +70,8 @@ pub struct Produce {
     pub transaction_age: Span,
     /// How much decoded data may wait between two stages.
     pub queue_bytes: ByteSize,
+    /// Whether messages of `pg_logical_emit_message` become events (op `m`).
+    pub messages: bool,
 }
 
 /// A sink of `produce`.
@@ -109,12 +112,38 @@ pub struct Kafka {
     pub partitions: i32,
     /// Replication factor of a topic that `init` makes.
     pub replication_factor: i32,
+    /// Whether the delete of a row, or of its key, is followed by a record without value, for compacted topics.
+    pub tombstones: bool,
+    /// What is done with an event that is larger than a record may be.
+    pub too_large: TooLarge,
+    /// The form of an event's body.
+    pub envelope: Envelope,
     /// `"cloudevents"` adds binary-mode headers; absent means none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub headers: Option<String>,
     /// Any librdkafka key, verbatim.
     #[serde(flatten, deserialize_with = "scalars")]
     pub client: BTreeMap<String, String>,
+}
+
+/// The form of an event's body in Kafka.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Envelope {
+    /// One object: columns, then falaj's own fields.
+    Flat,
+    /// `before`, `after`, `source`, `op`, `ts_ms`.
+    Debezium,
+}
+
+/// What is done with an event that is too large for Kafka.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TooLarge {
+    /// The stream stops, with the limit and the ways out.
+    Stop,
+    /// It leaves a note on the dead-letter topic; the archive has it whole.
+    DeadLetter,
 }
 
 /// `[archive]`

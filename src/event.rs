@@ -8,7 +8,8 @@ use smallvec::SmallVec;
 
 use crate::change::Op;
 use crate::enrich::Plan;
-use crate::lsn::Position;
+use crate::lsn::{Lsn, Position};
+use crate::message;
 use crate::pgoutput::Cell;
 use crate::schema::{Relation, Type};
 use crate::value::{self, Converted, write_json, write_json_string};
@@ -35,6 +36,17 @@ pub struct Layout {
     pub plan: Plan,
     /// What every event's JSON says of its table: `","_table":"name","_lsn":"`.
     pub identity: Vec<u8>,
+}
+
+impl Layout {
+    /// Whether a record key belongs to one row alone: it is the primary key.
+    pub fn is_keyed_by_row(&self) -> bool {
+        match (self.key, &self.primary_key[..]) {
+            (_, []) => false,
+            (None, _) => true,
+            (Some(key), columns) => columns == [key],
+        }
+    }
 }
 
 /// [`Layout::identity`] of a table's name.
@@ -64,6 +76,11 @@ impl OutColumn {
         label.push(b':');
         Self { name: name.to_owned(), ty, label }
     }
+
+    /// `,"name":` as JSON.
+    pub fn label(&self) -> &[u8] {
+        &self.label
+    }
 }
 
 /// One event, borrowed from the chunk it came in.
@@ -71,7 +88,7 @@ impl OutColumn {
 pub struct Event<'a> {
     /// Its identity.
     pub at: Position,
-    /// Commit time, µs since the Unix epoch.
+    /// Commit time, µs since the Unix epoch; see [`Event::commit_time`].
     pub commit_ts: i64,
     /// What happened.
     pub op: Op,
@@ -79,7 +96,7 @@ pub struct Event<'a> {
     pub layout: &'a Arc<Layout>,
     /// Source, lookup and derived columns; empty for a truncate.
     pub cells: Cells<'a>,
-    /// The old row or key, where an update changed the primary key.
+    /// The old row or key, where an update changed the primary key, or the sinks want it anyway: see [`Event::is_key_changed`].
     pub old_key: Option<Vec<Cell<'a>>>,
 }
 
@@ -99,7 +116,7 @@ impl Event<'_> {
         self.write_identity(out);
         // Every label begins with a comma; the first of them is where the object begins.
         out[start] = b'{';
-        if self.old_key.is_some() {
+        if self.is_key_changed() {
             out.extend_from_slice(b",\"_old_key\":");
             self.write_old_key(out)?;
         }
@@ -111,16 +128,59 @@ impl Event<'_> {
         Ok(())
     }
 
+    /// Appends the `_id`.
+    pub fn write_id(&self, out: &mut Vec<u8>) {
+        match self.op {
+            Op::Message { lsn, .. } => message::write_id(self.at, lsn, out),
+            _ => self.at.write_id(out),
+        }
+    }
+
+    /// The `_id` as text.
+    pub fn id(&self) -> String {
+        let mut id = Vec::new();
+        self.write_id(&mut id);
+        id.into_iter().map(char::from).collect()
+    }
+
+    /// `_lsn`: the commit LSN, or that of a message without a transaction.
+    pub fn lsn(&self) -> Lsn {
+        match self.op {
+            Op::Message { lsn, transactional: false } => lsn,
+            _ => self.at.commit_lsn,
+        }
+    }
+
+    /// When its transaction committed, µs since the Unix epoch; `None` for a message without one.
+    pub fn commit_time(&self) -> Option<i64> {
+        match self.op {
+            Op::Message { transactional: false, .. } => None,
+            _ => Some(self.commit_ts),
+        }
+    }
+
     fn write_identity(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(b",\"_id\":\"");
-        self.at.write_id(out);
+        self.write_id(out);
         out.extend_from_slice(b"\",\"_op\":\"");
         out.extend_from_slice(self.op.letter().as_bytes());
         out.extend_from_slice(&self.layout.identity);
-        self.at.commit_lsn.write(out);
-        out.extend_from_slice(b"\",\"_commit_ts\":\"");
-        value::write_rfc3339(self.commit_ts, "Z", out);
-        out.push(b'"');
+        self.lsn().write(out);
+        out.extend_from_slice(b"\",\"_commit_ts\":");
+        match self.commit_time() {
+            Some(at) => {
+                out.push(b'"');
+                value::write_rfc3339(at, "Z", out);
+                out.push(b'"');
+            }
+            None => out.extend_from_slice(b"null"),
+        }
+    }
+
+    /// Whether an update has changed the primary key. A NULL in the old one is unknown: no key has one.
+    pub fn is_key_changed(&self) -> bool {
+        let Some(old) = &self.old_key else { return false };
+        self.layout.primary_key.iter().any(|i| old[*i] != Cell::Null && old[*i] != self.cells[*i])
     }
 
     /// Whether a column is an unchanged TOAST value.
@@ -155,22 +215,41 @@ impl Event<'_> {
         {
             return Ok(true);
         }
-        match self.layout.primary_key[..] {
-            [] => self.at.write_id(out),
-            [one] => drop(value::write_text(self.layout.columns[one].ty, self.cells[one], out)?),
-            ref several => self.write_composite(several, out)?,
+        // A delete that brings no key at all (a partition with another replica identity than its root) still has its id.
+        if !self.write_row_key(&self.cells, out)? {
+            self.write_id(out);
         }
         Ok(true)
     }
 
-    fn write_composite(&self, columns: &[usize], out: &mut Vec<u8>) -> Converted<()> {
+    /// Appends the key that the row had before, where an update changed it and the record key is the row's own.
+    ///
+    /// # Errors
+    /// [`value::BadValue`] when a cell is not of its column's type.
+    pub fn write_previous_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
+        match &self.old_key {
+            Some(old) if self.layout.is_keyed_by_row() && self.is_key_changed() => self.write_row_key(old, out),
+            _ => Ok(false),
+        }
+    }
+
+    /// Appends the primary key of these cells as text, an array of texts when composite.
+    fn write_row_key(&self, cells: &[Cell<'_>], out: &mut Vec<u8>) -> Converted<bool> {
+        match self.layout.primary_key[..] {
+            [] => Ok(false),
+            [one] => value::write_text(self.layout.columns[one].ty, cells[one], out),
+            ref several => self.write_composite(several, cells, out).map(|()| true),
+        }
+    }
+
+    fn write_composite(&self, columns: &[usize], cells: &[Cell<'_>], out: &mut Vec<u8>) -> Converted<()> {
         out.push(b'[');
         for (i, column) in columns.iter().enumerate() {
             if i > 0 {
                 out.push(b',');
             }
             let (ty, mut scratch) = (self.layout.columns[*column].ty, Vec::new());
-            let text = value::text(ty, self.cells[*column], &mut scratch)?;
+            let text = value::text(ty, cells[*column], &mut scratch)?;
             write_json_string(text.unwrap_or_default(), out);
         }
         out.push(b']');
@@ -182,7 +261,7 @@ impl Event<'_> {
     /// # Errors
     /// [`value::BadValue`] when a cell is not of its column's type.
     pub fn write_old_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
-        let Some(old) = &self.old_key else { return Ok(false) };
+        let Some(old) = self.old_key.as_ref().filter(|_| self.is_key_changed()) else { return Ok(false) };
         for (i, at) in self.layout.primary_key.iter().enumerate() {
             let column = &self.layout.columns[*at];
             out.extend_from_slice(if i == 0 { b"{" } else { b"," });
@@ -197,7 +276,6 @@ impl Event<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lsn::Lsn;
     use crate::schema::Column;
 
     fn layout() -> Arc<Layout> {
@@ -270,6 +348,7 @@ mod tests {
         let e = event(&l, Op::Create, &[Cell::Text(b"7"), Cell::Null, Cell::Null]);
         assert_eq!(key(&e).as_deref(), Some("00000016B374D848:0000000003"));
         let l = Arc::new(Layout { primary_key: vec![0, 2], key: None, ..bare() });
+        assert!(l.is_keyed_by_row() && !layout().is_keyed_by_row());
         let e = event(&l, Op::Create, &[Cell::Text(b"7"), Cell::Null, Cell::Text(b"a\"b")]);
         assert_eq!(key(&e).as_deref(), Some(r#"["7","a\"b"]"#));
     }

@@ -13,7 +13,9 @@ pub mod value; //       one cell, to the forms the sinks need
 
 pub mod change; //      numbered changes
 pub mod enrich; //      the lookup fold, derived columns
+pub mod envelope; //    the same in Debezium's envelope
 pub mod event; //       one event and its bytes
+pub mod message; //     pg_logical_emit_message, as events
 pub mod sink; //        outlets of produce
 
 pub mod check; //       every requirement: found, needed, fix

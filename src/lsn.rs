@@ -60,6 +60,11 @@ impl Lsn {
         out.push(b'/');
         out.extend_from_slice(&low[short(&low)..]);
     }
+
+    /// Appends all sixteen hexadecimal digits, as ids have them.
+    pub fn write_hex(self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&hex(self.0));
+    }
 }
 
 /// All sixteen digits.

@@ -22,6 +22,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 const DEMO_DRAIN: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
+    bound_heap();
     let cli = Cli::parse();
     log_to_stderr();
     // pgwire-replication brings ring and other crates aws-lc-rs: with both compiled in, rustls needs one to be named.
@@ -41,6 +42,16 @@ fn main() -> ExitCode {
             eprintln!("falaj: {error}");
             ExitCode::from(error.exit_code())
         }
+    }
+}
+
+/// Two arenas for all threads: buffers are filled by one thread and freed by another, and each arena more keeps what it
+/// once held.
+fn bound_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no other thread runs yet; a value that is refused changes nothing.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod held;
 mod lag;
+mod messages;
 mod session;
 mod until;
 mod walk;
@@ -16,7 +17,7 @@ use tokio::time::{Duration, MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use crate::cli;
-use crate::config::{Config, SinkName};
+use crate::config::{Config, Envelope, SinkName};
 use crate::error::{Error, Result};
 use crate::lsn::{Lsn, SlotIdentity};
 use crate::sink::Stored;
@@ -44,6 +45,7 @@ enum End {
 /// [`Error::Refused`] before anything is written; [`Error::Fenced`] when another owner has taken over;
 /// [`Error::Unreachable`] when a server cannot be reached at the start.
 pub async fn run(world: &World, args: &cli::Produce) -> Result<()> {
+    let world = &with_envelope(world, args.envelope);
     let chosen = choose(&world.config.produce.sinks, args.sinks.as_deref())?;
     let mut until = args.until_lsn.map(Until::new);
     let (started, mut delays, mut has_run, mut form) = (Instant::now(), backoff(), false, None);
@@ -75,6 +77,15 @@ pub async fn run(world: &World, args: &cli::Produce) -> Result<()> {
         let _ = world.pause(delay).await;
     }
     Ok(())
+}
+
+/// The world with the flag's envelope in its configuration.
+fn with_envelope(world: &World, flag: Option<Envelope>) -> World {
+    let mut world = world.clone();
+    if let Some(envelope) = flag {
+        Arc::make_mut(&mut world.config).kafka.envelope = envelope;
+    }
+    world
 }
 
 /// The sinks of this run: all configured ones, or those of the flag.

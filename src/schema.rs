@@ -1,5 +1,9 @@
 //! Relations as the stream describes them, and the types whose values falaj knows by name.
 
+mod builtin;
+
+pub use builtin::{BUILT_IN, BuiltIn};
+
 /// A column's type. Everything that is not listed is carried as Postgres's own text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Type {
@@ -52,36 +56,39 @@ pub enum Element {
     Timestamp,
     /// `timestamptz[]`
     Timestamptz,
+    /// `box[]`: strings, the only built-in ones that stand between semicolons.
+    Box,
     /// Elements are strings.
     Text,
 }
 
+impl Element {
+    fn of(element: &BuiltIn) -> Self {
+        match element.ty {
+            Type::Bool => Self::Bool,
+            Type::Int2 | Type::Int4 | Type::Int8 | Type::Float4 | Type::Float8 | Type::Numeric(_) => Self::Number,
+            Type::Json | Type::Jsonb => Self::Json,
+            Type::Timestamp => Self::Timestamp,
+            Type::Timestamptz => Self::Timestamptz,
+            _ if element.name == "box" => Self::Box,
+            _ => Self::Text,
+        }
+    }
+
+    /// What stands between two elements in a literal (`pg_type.typdelim`).
+    pub fn delimiter(self) -> char {
+        if self == Self::Box { ';' } else { ',' }
+    }
+}
+
 impl Type {
-    /// From `pg_attribute.atttypid` and `atttypmod` (oids of `pg_type.dat`, fixed for built-in types).
+    /// From `pg_attribute.atttypid` and `atttypmod`. A type that is not built in is [`Type::Other`].
     pub fn from_oid(oid: u32, type_mod: i32) -> Self {
-        match oid {
-            16 => Self::Bool,
-            21 => Self::Int2,
-            23 => Self::Int4,
-            20 => Self::Int8,
-            700 => Self::Float4,
-            701 => Self::Float8,
-            1700 => Self::Numeric(numeric_mod(type_mod)),
-            25 | 1042 | 1043 | 19 => Self::Text,
-            114 => Self::Json,
-            3802 => Self::Jsonb,
-            2950 => Self::Uuid,
-            1082 => Self::Date,
-            1114 => Self::Timestamp,
-            1184 => Self::Timestamptz,
-            17 => Self::Bytea,
-            1000 => Self::Array(Element::Bool),
-            1005 | 1007 | 1016 | 1021 | 1022 | 1231 => Self::Array(Element::Number),
-            199 | 3807 => Self::Array(Element::Json),
-            1115 => Self::Array(Element::Timestamp),
-            1185 => Self::Array(Element::Timestamptz),
-            1002 | 1003 | 1009 | 1014 | 1015 | 2951 | 1182 | 1001 => Self::Array(Element::Text),
-            _ => Self::Other,
+        match BuiltIn::of(oid) {
+            Some(element) if element.oid != oid => Self::Array(Element::of(element)),
+            Some(BuiltIn { ty: Self::Numeric(_), .. }) => Self::Numeric(numeric_mod(type_mod)),
+            Some(known) => known.ty,
+            None => Self::Other,
         }
     }
 
@@ -104,9 +111,10 @@ fn numeric_mod(type_mod: i32) -> Option<(u8, i8)> {
 pub struct Column {
     /// Its name.
     pub name: String,
-    /// `pg_attribute.atttypid`
+    /// `pg_attribute.atttypid`; of a user-defined type whose values look like a built-in one's, that one
+    /// (see [`crate::source::types`]).
     pub type_oid: u32,
-    /// `pg_attribute.atttypmod`
+    /// `pg_attribute.atttypmod`, or that of the domain.
     pub type_mod: i32,
     /// Part of the replica identity.
     pub identity: bool,
@@ -155,5 +163,22 @@ mod tests {
         assert_eq!(Type::from_oid(1700, ((10 << 16) | 2) + 4), Type::Numeric(Some((10, 2))));
         assert_eq!(Type::from_oid(1700, ((5 << 16) | (-3 & 0x7ff)) + 4), Type::Numeric(Some((5, -3))));
         assert_eq!(Type::from_oid(1700, -1), Type::Numeric(None));
+    }
+
+    #[test]
+    fn array_oids_are_arrays_of_their_elements() {
+        assert_eq!(Type::from_oid(1007, -1), Type::Array(Element::Number));
+        assert_eq!(Type::from_oid(1231, ((10 << 16) | 2) + 4), Type::Array(Element::Number));
+        assert_eq!(Type::from_oid(3807, -1), Type::Array(Element::Json));
+        assert_eq!(Type::from_oid(1020, -1), Type::Array(Element::Box));
+        assert_eq!(Type::from_oid(1041, -1), Type::Array(Element::Text));
+        for unknown in [0, 1, 16_384] {
+            assert_eq!(Type::from_oid(unknown, -1), Type::Other);
+        }
+        assert_eq!(
+            (BuiltIn::oid_of("int4"), BuiltIn::oid_of("_int4"), BuiltIn::oid_of("mood")),
+            (Some(23), Some(1007), None)
+        );
+        assert_eq!((BuiltIn::oid_of("_pg_node_tree"), BuiltIn::oid_of("_")), (None, None));
     }
 }

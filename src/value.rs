@@ -136,6 +136,8 @@ pub fn float(ty: Type, cell: Cell<'_>) -> Converted<Option<f64>> {
         (Cell::Text(text), _) => match utf8(ty, text)? {
             "Infinity" => Ok(Some(f64::INFINITY)),
             "-Infinity" => Ok(Some(f64::NEG_INFINITY)),
+            // Read at its own width: twice rounded is not the same.
+            number if ty == Type::Float4 => number.parse::<f32>().map(|x| Some(x.into())).or_else(|_| bad(ty, text)),
             number => number.parse().map(Some).or_else(|_| bad(ty, text)),
         },
     }

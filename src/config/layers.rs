@@ -47,7 +47,7 @@ pub(super) fn overlay_env(tree: &mut toml::Table, name: &str, value: &str) -> Re
     let Some((section, key)) = path.split_once("__") else { return Ok(()) };
     let section = section.to_ascii_lowercase();
     let mut key = key.to_ascii_lowercase();
-    let known = ["topic", "partitions", "replication_factor", "headers"];
+    let known = ["topic", "partitions", "replication_factor", "headers", "tombstones", "too_large", "envelope"];
     if section == "kafka" && !known.contains(&key.as_str()) {
         key = key.replace('_', ".");
     }

@@ -138,6 +138,8 @@ impl Outlet<'_> {
     fn admit(&self, record: Record) {
         let mut ledger = self.group.ledger().lock();
         match record.content {
+            // A tombstone says nothing that the delete before it has not said.
+            _ if record.body.is_none() => ledger.pass(record.partition, record.offset + 1),
             Content::History { .. } if !self.world.config.external.history => {
                 counter!("falaj_external_history_skipped_total").increment(1);
                 ledger.pass(record.partition, record.offset + 1);

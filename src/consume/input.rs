@@ -57,6 +57,11 @@ impl Record<'_> {
         self.0.offset()
     }
 
+    /// Whether there is no value: what Kafka's compaction is told by.
+    pub fn is_tombstone(&self) -> bool {
+        self.0.payload().is_none()
+    }
+
     /// The value; empty for a tombstone.
     pub fn value(&self) -> &[u8] {
         self.0.payload().unwrap_or_default()

@@ -18,15 +18,24 @@ use futures_util::future::join_all;
 pub use board::{board, read_board};
 
 use crate::cli::{Consume, Outlet};
-use crate::error::Result;
+use crate::config::Envelope;
+use crate::error::{Error, Result};
 use crate::world::World;
 
 /// Feeds the chosen outlets (all without `--sinks`) until the shutdown or, with `--until-end`, until each has
 /// applied what was readable at its start.
 ///
 /// # Errors
-/// The first error of an outlet; the others are drained before it is returned.
+/// [`Error::Refused`] for events in another form than the flat one; else the first error of an outlet; the others are drained before it is returned.
 pub async fn run(world: &World, args: &Consume) -> Result<()> {
+    if world.config.kafka.envelope != Envelope::Flat {
+        return Err(Error::refused(
+            "kafka_envelope",
+            format!("kafka.envelope = {:?}", world.config.kafka.envelope),
+            "the flat form, which the board and the outside system read",
+            "kafka.envelope = \"flat\", or another pipeline of its own slot for the Debezium form",
+        ));
+    }
     let mut outlets = args.sinks.clone().unwrap_or_else(|| vec![Outlet::Redis, Outlet::External]);
     outlets.sort_by_key(|outlet| *outlet as u8);
     outlets.dedup();

@@ -346,6 +346,9 @@ impl Part {
             return;
         }
         self.next = record.offset() + 1;
+        if record.is_tombstone() {
+            return;
+        }
         match event::parse(record.value()) {
             Ok(Some(event)) => self.batch.add(&event),
             Ok(None) => {}

@@ -52,6 +52,17 @@ impl Cache {
             })?;
             Ok(ColumnType { name: column.name.clone(), type_oid: column.type_oid, type_mod: column.type_mod })
         };
+        if relation.columns.iter().any(|c| c.name == self.table.key.name && !c.identity) {
+            return Err(Error::refused(
+                "lookup_identity",
+                format!(
+                    "the replica identity of lookup table {} does not hold its key \"{}\"",
+                    self.table.table, self.table.key.name
+                ),
+                "a replica identity with the primary key, so that updates and deletes can be followed",
+                format!("ALTER TABLE {} REPLICA IDENTITY DEFAULT;, then falaj init --adopt-slot", self.table.table),
+            ));
+        }
         let fresh = LookupTable {
             table: self.table.table.clone(),
             key: find(&self.table.key)?,
@@ -70,9 +81,13 @@ impl Cache {
                 vec![LookupChange::Put((self.key(relation, new)?, self.values(relation, new, None)?))]
             }
             RowChange::Update(old, new) => {
-                let new_key = self.key(relation, new)?;
-                let old_key =
-                    old.map(|o| self.key(relation, o.tuple())).transpose()?.unwrap_or_else(|| new_key.clone());
+                let old_key = old.map(|o| self.key(relation, o.tuple())).transpose()?;
+                // A TOASTed key that did not change stands in the old row alone.
+                let new_key = match (self.key(relation, new), &old_key) {
+                    (Err(_), Some(old)) if self.is_key_unchanged(relation, new) => old.clone(),
+                    (key, _) => key?,
+                };
+                let old_key = old_key.unwrap_or_else(|| new_key.clone());
                 let values = self.values(relation, new, Some(&old_key))?;
                 let moved = (old_key != new_key).then_some(LookupChange::Delete(old_key));
                 moved.into_iter().chain([LookupChange::Put((new_key, values))]).collect()
@@ -90,6 +105,10 @@ impl Cache {
                 format_args!("a row without its key \"{name}\""),
             )
         })
+    }
+
+    fn is_key_unchanged(&self, relation: &Relation, new: Tuple<'_>) -> bool {
+        matches!(text_of(relation, &self.table.key.name, new), Ok(None))
     }
 
     /// The joined columns of a new row. An unchanged TOAST value is not in the WAL: the cached row has it.

@@ -351,7 +351,7 @@ mod tests {
 
     fn relation(name: &str, columns: &[(&str, u32)]) -> Relation {
         let columns =
-            columns.iter().map(|(n, t)| Column { name: (*n).into(), type_oid: *t, type_mod: -1, identity: false });
+            columns.iter().map(|(n, t)| Column { name: (*n).into(), type_oid: *t, type_mod: -1, identity: *n == "id" });
         Relation {
             oid: 1,
             namespace: "public".into(),
@@ -432,16 +432,34 @@ mod tests {
         assert_eq!(joined(&mut e, Some("a"))[0], None);
         assert_eq!(joined(&mut e, Some("b"))[0].as_deref(), Some("Ba"));
 
+        // A TOASTed key that did not change stands in the old row alone.
+        let (old, new) =
+            (row(&[Some("b"), None, None, None, None]), row(&[Some("<unchanged>"), None, Some("Ta"), None, None]));
+        let kept = RowChange::Update(Some(crate::pgoutput::Old::Key(tuple(&old))), tuple(&new));
+        e.fold(0, &content(), &change(350, kept)).unwrap();
+        assert_eq!(joined(&mut e, Some("b"))[0].as_deref(), Some("Ta"));
+
         e.fold(0, &content(), &change(400, RowChange::Truncate)).unwrap();
         assert_eq!(joined(&mut e, Some("b"))[0], None);
         e.sync().unwrap();
 
         // A restart at any kept position sees what that position saw; later changes come again from the stream.
-        assert_eq!(joined(&mut enricher(dir.path(), 400).unwrap(), Some("b"))[0].as_deref(), Some("Ba"));
+        assert_eq!(joined(&mut enricher(dir.path(), 400).unwrap(), Some("b"))[0].as_deref(), Some("Ta"));
         assert_eq!(
             joined(&mut enricher(dir.path(), 300).unwrap(), Some("a"))[..1],
             texts([Some("Alif"), None, None, None, None])[..1]
         );
+    }
+
+    #[test]
+    fn a_lookup_table_whose_changes_do_not_bring_its_key_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut e = enricher(dir.path(), 100).unwrap();
+        let mut by_slug = content();
+        by_slug.columns.iter_mut().for_each(|column| column.identity = column.name == "slug");
+        let next = Position { commit_lsn: Lsn(200), ordinal: 0 };
+        let Err(Error::Refused(refusal)) = e.relation(0, &by_slug, next) else { panic!() };
+        assert_eq!(refusal.check, "lookup_identity");
     }
 
     #[test]

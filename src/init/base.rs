@@ -135,8 +135,14 @@ pub async fn read(
 
 fn select(lookup: &Lookup) -> String {
     let columns = [&lookup.table.key].into_iter().chain(&lookup.table.columns);
-    let list: Vec<_> = columns.map(|c| format!("{}::text", ident(&c.name))).collect();
+    let list: Vec<_> = columns.map(|c| output(&ident(&c.name))).collect();
     format!("SELECT {} FROM {}", list.join(", "), lookup.source.sql_source())
+}
+
+/// The text that the stream has of a column, by the type's output function. A cast to text is another thing: it writes
+/// `true` for `t`, `10.0.0.1/32` for `10.0.0.1`, and leaves the blanks of `char(n)` out.
+fn output(column: &str) -> String {
+    format!("CASE WHEN num_nulls({column}) = 0 THEN format('%s', {column}) END")
 }
 
 #[cfg(test)]
@@ -173,7 +179,13 @@ mod tests {
         assert_eq!(found.len(), 1);
         assert_eq!(
             select(&found[0]),
-            r#"SELECT "id"::text, "title"::text, "content_type"::text, "length_seconds"::text FROM ONLY "public"."content""#
+            format!(
+                r#"SELECT {}, {}, {}, {} FROM ONLY "public"."content""#,
+                output("\"id\""),
+                output("\"title\""),
+                output("\"content_type\""),
+                output("\"length_seconds\"")
+            )
         );
         assert_eq!(lookups(&[content()], &tables).unwrap(), []);
         let mut silent = content();

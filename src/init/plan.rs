@@ -85,7 +85,7 @@ impl Plan {
         let made = if args.with_tables { plan.plan_tables().await? } else { Vec::new() };
         let published = plan.plan_publication(config, &made).await?;
         if config.produce.sinks.contains(&SinkName::Kafka) {
-            plan.plan_topics(world, &published).await?;
+            plan.plan_topics(world, &config.sources(published.clone())?).await?;
         }
         plan.plan_slot(config, args.adopt_slot).await?;
         if args.snapshot {

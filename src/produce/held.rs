@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::session::{Outlets, Session};
 use super::walk::Walk;
-use crate::config::{Config, SinkName};
+use crate::config::{self, Config, Envelope, SinkName};
 use crate::enrich::Enricher;
 use crate::enrich::state::require_header;
 use crate::error::Result;
@@ -46,7 +46,7 @@ impl Held {
         let possible = slot::wire_form(&client, &config.publication).await?;
         let form = form.unwrap_or(possible);
         let (command, database) =
-            (start_command(&config.slot, &config.publication, form), conninfo.dbname().to_owned());
+            (start_command(config, form, world.config.produce.messages), conninfo.dbname().to_owned());
         let mut told = None::<Instant>;
         loop {
             let state = slot::require(&config.slot, slot::read(&client, &config.slot).await?, &database)?;
@@ -58,7 +58,7 @@ impl Held {
                 let pace = Pace::new(stream.bound_window());
                 Ok((stream, pace, system))
             };
-            match Stream::open(world.config.produce.queue_bytes.0, connect).await {
+            match Stream::open(world.config.produce.queue_bytes.0 / 4, connect).await {
                 Ok((stream, system)) => {
                     world.health.ok("slot");
                     let (system_id, timeline) = (system.system_id, system.timeline);
@@ -94,7 +94,7 @@ impl Held {
         let confirmed = self.confirmed(world).await?;
         let server = slot::server_lsn(&self.client).await?;
         let origin = require_header(&config.state.dir)?.origin;
-        let tables = catalog::published_names(&self.client, &config.postgres.publication).await?;
+        let tables = config.sources(catalog::published_names(&self.client, &config.postgres.publication).await?)?;
         let (mut outlets, mut from) = (Outlets::default(), None::<Lsn>);
         for name in &config.produce.sinks {
             let (label, position) = if chosen.contains(name) {
@@ -123,18 +123,20 @@ impl Held {
     /// Everything has held: the walk may begin.
     pub(super) fn start(self, world: &World, outlets: Outlets, enricher: Enricher, from: Lsn) -> Session {
         info!(%from, lookup_rows = enricher.rows(), form = ?self.form, "streaming");
-        let walk = Walk::new(self.client, self.form, enricher, world.config.tables.clone(), from);
+        let mut walk = Walk::new(self.client, self.form, enricher, world.config.tables.clone(), from);
+        walk.keep_old = world.config.kafka.envelope == Envelope::Debezium;
         Session { stream: self.stream, outlets, walk }
     }
 }
 
 /// From 0/0 Postgres starts at confirmed_flush_lsn; what a sink has beyond that, the sink skips by its own position.
-fn start_command(slot: &str, publication: &str, form: WireForm) -> String {
+fn start_command(config: &config::Postgres, form: WireForm, messages: bool) -> String {
     format!(
-        "START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {}, binary '{}')",
-        ident(slot),
-        literal(&ident(publication)),
+        "START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {}, binary '{}'{})",
+        ident(&config.slot),
+        literal(&ident(&config.publication)),
         form == WireForm::Binary,
+        if messages { ", messages 'true'" } else { "" },
     )
 }
 

@@ -42,6 +42,11 @@ impl Until {
         (self.beyond == Some(commit_lsn)).then_some(Reached::End(resume))
     }
 
+    /// A message without a transaction, whose record ends at `end_lsn`; `resume` as in [`Until::begin`].
+    pub(super) fn message(&self, end_lsn: Lsn, resume: Lsn) -> Option<Reached> {
+        (end_lsn > self.lsn).then_some(Reached::End(self.lsn.max(resume)))
+    }
+
     /// A transaction ends. `stored` says whether some of it is durable already.
     pub(super) fn commit(&mut self, commit_lsn: Lsn, end_lsn: Lsn, stored: bool) -> Result<Option<Reached>> {
         if end_lsn <= self.lsn {

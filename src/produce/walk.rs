@@ -7,6 +7,7 @@ use std::time::Instant;
 use tokio_postgres::Client;
 
 use super::lag::Lag;
+use super::messages::Messages;
 use super::until::{Reached, Until};
 use crate::change::{Assembler, Change, Op, RowChange, Step};
 use crate::config;
@@ -14,11 +15,13 @@ use crate::enrich::Enricher;
 use crate::error::{Error, Result};
 use crate::event::{Cells, Event, Layout};
 use crate::lsn::{Checkpoint, Lsn, Position};
-use crate::pgoutput::{self, Cell, Old, Tuple};
+use crate::message::Sent;
+use crate::pgoutput::{self, Cell, Message, Old, Tuple};
 use crate::schema::Relation;
 use crate::sink::Sink;
 use crate::source::chunk::{Chunk, Frame};
 use crate::source::slot::{self, WireForm};
+use crate::source::types::{self, Told};
 
 /// Everything the walk knows between two messages.
 pub(super) struct Walk {
@@ -27,7 +30,14 @@ pub(super) struct Walk {
     form: WireForm,
     tables: Vec<config::Table>,
     assembler: Assembler,
+    told: Told,
     layouts: HashMap<u32, Known>,
+    /// Relations that have been described, before their next row. Beside a partitioned table the server describes each of its
+    /// partitions too, although their rows come as the root's: those are never planned.
+    described: HashMap<u32, Relation>,
+    messages: Messages,
+    /// The sinks want the old row of every update that brings it.
+    pub(super) keep_old: bool,
     generations: u32,
     /// End of the last whole transaction, or an idle position.
     resume: Lsn,
@@ -61,7 +71,11 @@ impl Walk {
             form,
             tables,
             assembler: Assembler::default(),
+            told: Told::default(),
             layouts: HashMap::new(),
+            described: HashMap::new(),
+            messages: Messages::default(),
+            keep_old: false,
             generations: 0,
             resume: from,
             last: None,
@@ -145,15 +159,20 @@ impl Walk {
         until: Option<&mut Until>,
     ) -> Result<Option<Reached>> {
         let message = pgoutput::parse(bytes, false).map_err(|e| Error::fatal("decoding the replication stream", e))?;
+        if !self.described.is_empty() {
+            self.meet(&message, sinks).await?;
+        }
         let open = self.assembler.open();
         match self.assembler.push(message).map_err(|e| Error::fatal("decoding the replication stream", e))? {
             Step::Change(change) => self.change(&change, sinks)?,
             Step::Truncate(changes) => changes.iter().try_for_each(|change| self.change(change, sinks))?,
-            Step::Relation(relation) => {
+            Step::Type { oid, namespace, name } => self.told.tell(oid, namespace, name),
+            Step::Relation(mut relation) => {
+                types::resolve(&self.client, &mut relation.columns, &self.told).await?;
                 if self.form == WireForm::Binary && !relation.columns.iter().all(|c| c.ty().has_binary()) {
                     return Ok(Some(Reached::ReadInText));
                 }
-                self.relation(relation, sinks).await?;
+                self.described.insert(relation.oid, relation);
             }
             Step::Begin => {
                 let commit_lsn = self.assembler.open().unwrap_or_default();
@@ -162,9 +181,48 @@ impl Walk {
             Step::Commit { end_lsn, commit_ts } => {
                 return self.commit(open.unwrap_or_default(), end_lsn, commit_ts, sinks, until);
             }
+            Step::Message(sent) => return self.sent(sent, sinks, until).await,
             Step::Other => {}
         }
         Ok(None)
+    }
+
+    /// Plans the relations of a row or truncate whose description has come since the last one.
+    async fn meet(&mut self, message: &Message<'_>, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
+        let relations = match message {
+            Message::Insert { relation, .. } | Message::Update { relation, .. } | Message::Delete { relation, .. } => {
+                std::slice::from_ref(relation)
+            }
+            Message::Truncate { relations, .. } => relations,
+            _ => return Ok(()),
+        };
+        for oid in relations {
+            if let Some(relation) = self.described.remove(oid) {
+                self.relation(relation, sinks).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A message of `pg_logical_emit_message`. One of a transaction waits for the row behind it, or for the commit.
+    async fn sent(
+        &mut self,
+        sent: Sent<'_>,
+        sinks: &mut [Box<dyn Sink>],
+        until: Option<&mut Until>,
+    ) -> Result<Option<Reached>> {
+        if self.messages.prepare(self.generations, sinks).await? {
+            self.generations += 1;
+        }
+        if sent.commit_ts.is_some() {
+            return self.messages.wait(sent).map(|()| None);
+        }
+        let reached = until.and_then(|u| u.message(sent.lsn, self.resume));
+        if reached.is_none() {
+            self.events += self.messages.push(sent, sinks)?;
+            self.reach(sent.lsn);
+        }
+        Ok(reached)
     }
 
     fn commit(
@@ -172,7 +230,7 @@ impl Walk {
         commit_lsn: Lsn,
         end_lsn: Lsn,
         commit_ts: i64,
-        sinks: &[Box<dyn Sink>],
+        sinks: &mut [Box<dyn Sink>],
         until: Option<&mut Until>,
     ) -> Result<Option<Reached>> {
         if let Some(until) = until {
@@ -183,6 +241,7 @@ impl Walk {
                 return Ok(reached);
             }
         }
+        self.events += self.messages.push_waiting(sinks)?;
         (self.resume, self.last) = (self.resume.max(end_lsn), None);
         self.lag.committed(end_lsn, commit_ts);
         Ok(None)
@@ -198,6 +257,7 @@ impl Walk {
             return Ok(());
         }
         let (oid, table) = (relation.oid, relation.table());
+        self.messages.refuse_same_name(&table)?;
         self.refuse_same_name(&relation)?;
         let lookup = self.enricher.lookup(&table);
         if let Some(lookup) = lookup {
@@ -234,13 +294,16 @@ impl Walk {
     }
 
     fn change(&mut self, change: &Change<'_>, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
+        if !self.messages.is_empty() {
+            self.events += self.messages.push_waiting(sinks)?;
+        }
         let Some(known) = self.layouts.get(&change.relation) else {
             return Err(Error::Fatal(format!(
                 "{}: a row of relation {} before its schema",
                 change.at, change.relation
             )));
         };
-        let event = event(&mut self.enricher, &mut self.scratch, &known.layout, change)?;
+        let event = event(&mut self.enricher, &mut self.scratch, &known.layout, change, self.keep_old)?;
         sinks.iter_mut().try_for_each(|sink| sink.push(&event))?;
         drop(event);
         if let Some(lookup) = known.lookup {
@@ -258,6 +321,7 @@ fn event<'a>(
     scratch: &'a mut Vec<u8>,
     layout: &'a Arc<Layout>,
     change: &Change<'a>,
+    keep_old: bool,
 ) -> Result<Event<'a>> {
     let Change { at, commit_ts, row, .. } = *change;
     let mut event = Event { at, commit_ts, op: Op::Truncate, layout, cells: Cells::new(), old_key: None };
@@ -270,7 +334,7 @@ fn event<'a>(
             event.op = Op::Update;
             read(new, at, layout, &mut event.cells)?;
             if let Some(old) = old {
-                compare(old, at, &mut event)?;
+                compare(old, at, &mut event, keep_old)?;
             }
         }
         RowChange::Delete(Old::Full(old)) => {
@@ -303,23 +367,24 @@ fn read<'a>(tuple: Tuple<'a>, at: Position, layout: &Layout, cells: &mut Cells<'
     Ok(())
 }
 
-/// Takes from the old row what the new one lacks, and the old key where it has changed.
-fn compare<'a>(old: Old<'a>, at: Position, event: &mut Event<'a>) -> Result<()> {
+/// Takes from the old row what the new one lacks, and the old key where it has changed, or in any case to `keep` it.
+fn compare<'a>(old: Old<'a>, at: Position, event: &mut Event<'a>, keep: bool) -> Result<()> {
     let mut before = Cells::new();
     read(old.tuple(), at, event.layout, &mut before)?;
-    if let Old::Full(_) = old {
-        fill_unchanged(&mut event.cells, &before);
-    }
-    let differs = |i: &usize| before[*i] != event.cells[*i] && event.cells[*i] != Cell::Unchanged;
-    if event.layout.primary_key.iter().any(differs) {
+    fill_unchanged(&mut event.cells, &before, matches!(old, Old::Key(_)));
+    // In an old key NULL is unknown: the column is not part of it.
+    let differs = |i: &usize| before[*i] != Cell::Null && before[*i] != event.cells[*i];
+    if keep || event.layout.primary_key.iter().any(differs) {
         event.old_key = Some(before.into_vec());
     }
     Ok(())
 }
 
-/// Under REPLICA IDENTITY FULL the old row has what the update did not touch.
-fn fill_unchanged<'a>(new: &mut Cells<'a>, old: &Cells<'a>) {
+/// The old row has what the update did not touch: all of it under REPLICA IDENTITY FULL, else a TOASTed key.
+fn fill_unchanged<'a>(new: &mut Cells<'a>, old: &Cells<'a>, is_key: bool) {
     for (new, old) in new.iter_mut().zip(old).filter(|(new, _)| **new == Cell::Unchanged) {
-        *new = *old;
+        if !is_key || *old != Cell::Null {
+            *new = *old;
+        }
     }
 }

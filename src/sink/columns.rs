@@ -14,6 +14,7 @@ use arrow_schema::{DataType, Field, Schema, SchemaRef, TimeUnit};
 
 use crate::error::{Error, Result};
 use crate::event::{Event, Layout};
+use crate::message;
 use crate::pgoutput::Cell;
 use crate::schema::Type;
 use crate::value::{self, Converted, Instant, write_json_string};
@@ -57,7 +58,11 @@ pub fn data_type(ty: Type) -> DataType {
 /// Arrow schema of a layout's events.
 pub fn schema(layout: &Layout) -> SchemaRef {
     let event = layout.columns.iter().map(|c| Field::new(&c.name, data_type(c.ty), true));
-    let own = own_columns().into_iter().map(|(name, ty, nullable)| Field::new(name, ty, nullable));
+    // A message without a transaction has no commit time.
+    let is_message = layout.relation.oid == message::OID;
+    let own = own_columns()
+        .into_iter()
+        .map(|(name, ty, nullable)| Field::new(name, ty, nullable || (is_message && name == "_commit_ts")));
     Arc::new(Schema::new(event.chain(own).collect::<Vec<_>>()))
 }
 
@@ -157,11 +162,26 @@ struct Own {
     table: StringBuilder,
     lsn: StringBuilder,
     commit_ts: Vec<i64>,
+    /// Rows without a commit time.
+    no_commit_ts: Vec<usize>,
     commit_lsn: Int64Builder,
     ordinal: Int64Builder,
     old_key: StringBuilder,
     unchanged: StringBuilder,
     raw: StringBuilder,
+}
+
+impl Own {
+    fn take_commit_ts(&mut self) -> TimestampMicrosecondArray {
+        let (times, none) = (std::mem::take(&mut self.commit_ts), std::mem::take(&mut self.no_commit_ts));
+        let array = if none.is_empty() {
+            TimestampMicrosecondArray::from(times)
+        } else {
+            let time = |(row, at): (usize, &i64)| none.binary_search(&row).is_err().then_some(*at);
+            times.iter().enumerate().map(time).collect()
+        };
+        array.with_timezone("UTC")
+    }
 }
 
 /// Rows of one layout on their way to a file.
@@ -224,14 +244,17 @@ impl Rows {
     fn push_own(&mut self, event: &Event<'_>) -> Converted<()> {
         let own = &mut self.own;
         self.scratch.clear();
-        event.at.write_id(&mut self.scratch);
+        event.write_id(&mut self.scratch);
         own.id.append_value(value::utf8(Type::Text, &self.scratch)?);
         own.op.append_value(event.op.letter());
         own.table.append_value(&event.layout.table);
         self.scratch.clear();
-        event.at.commit_lsn.write(&mut self.scratch);
+        event.lsn().write(&mut self.scratch);
         own.lsn.append_value(value::utf8(Type::Text, &self.scratch)?);
         own.commit_ts.push(event.commit_ts);
+        if event.commit_time().is_none() {
+            own.no_commit_ts.push(own.commit_ts.len() - 1);
+        }
         own.commit_lsn.append_value(event.at.commit_lsn.0 as i64);
         own.ordinal.append_value(event.at.ordinal as i64);
         self.scratch.clear();
@@ -262,7 +285,7 @@ impl Rows {
     /// [`Error::Fatal`] if the columns were of different lengths.
     pub fn take(&mut self) -> Result<RecordBatch> {
         let own = &mut self.own;
-        let commit_ts = TimestampMicrosecondArray::from(std::mem::take(&mut own.commit_ts)).with_timezone("UTC");
+        let commit_ts = own.take_commit_ts();
         let mut arrays: Vec<ArrayRef> = self.columns.iter_mut().map(Column::finish).collect();
         arrays.extend::<[ArrayRef; 10]>([
             Arc::new(own.id.finish()),

@@ -5,29 +5,42 @@
 
 mod commit;
 mod history;
+mod limit;
 mod position;
+mod reports;
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 
 use async_trait::async_trait;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, Producer};
+use tracing::warn;
 
 use super::worker::Worker;
 use super::{Opened, Sink, Stored};
 use crate::change::Op;
-use crate::config::Config;
+use crate::config::{self, Config, TooLarge};
+use crate::envelope::{Envelope, Part};
 use crate::error::{Error, Result};
 use crate::event::{Event, Layout};
 use crate::kafka;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
-use commit::{Committer, Piece, Progress, Record, producer};
+use crate::source::conn::Conninfo;
+use crate::value::Converted;
+use commit::{Committer, Piece, Progress, Record, Records, producer};
 pub use history::{Fenced, fence, open_history, read_history};
+pub use limit::require_room;
+use limit::{Limit, write_note};
 use position::{progress, read_position, require};
+use reports::Reports;
 
 /// What is buffered is handed to the producing thread in pieces of about this size.
 const PIECE: usize = 256 << 10;
+/// Index of the dead-letter topic; that of a layout is its generation and one.
+const DEAD_LETTER: usize = 0;
 
 /// The loop's side of the sink.
 pub struct KafkaSink {
@@ -36,8 +49,11 @@ pub struct KafkaSink {
     start: Checkpoint,
     topics: Arc<Vec<String>>,
     known: BTreeSet<String>,
-    bytes: Vec<u8>,
-    records: Vec<Record>,
+    records: Records,
+    spent: Receiver<Records>,
+    limit: Limit,
+    /// `None`: the flat form.
+    envelope: Option<Envelope>,
 }
 
 /// Fences the previous owner and reads the position. Call it only while the slot is held. `tables` are the published ones:
@@ -48,7 +64,9 @@ pub struct KafkaSink {
 pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String]) -> Result<Opened> {
     let (c, id) = (Arc::clone(&config), identity.clone());
     let known: BTreeSet<String> = tables.iter().map(|table| config.topic(table)).collect();
-    let needed: Vec<String> = [config.checkpoint_topic()].into_iter().chain(known.iter().cloned()).collect();
+    let own = [config.checkpoint_topic(), config.dead_letter_topic()];
+    let own = own.into_iter().take(if config.kafka.too_large == TooLarge::DeadLetter { 2 } else { 1 });
+    let needed: Vec<String> = own.chain(known.iter().cloned()).collect();
     let blocking = tokio::task::spawn_blocking(move || {
         let producer = producer(&c, &id.slot)?;
         let topics = kafka::topics_of(&c.kafka, producer.client(), kafka::TIMEOUT)?;
@@ -58,6 +76,7 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String
         Ok((producer, position))
     });
     let (producer, position) = blocking.await.map_err(|e| Error::fatal("opening the Kafka sink", e))??;
+    require_room(&config, &known.iter().cloned().collect::<Vec<_>>()).await?;
     // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
     let sink = Box::new(KafkaSink::start(config, producer, progress(identity.clone()), start, known)?);
@@ -92,7 +111,7 @@ impl Sink for KafkaSink {
             require(&topics.map_err(|e| Error::fatal("looking up a topic", e))??, &topic)?;
             self.known.insert(topic.clone());
         }
-        let index = layout.generation as usize;
+        let index = index(layout);
         let topics = Arc::make_mut(&mut self.topics);
         topics.resize(topics.len().max(index + 1), String::new());
         topics[index] = topic;
@@ -103,26 +122,17 @@ impl Sink for KafkaSink {
         if self.start.has(event.at) {
             return Ok(());
         }
-        let failed = |e| Error::fatal(format_args!("event {} of table {}", event.at, event.layout.table), e);
-        let start = self.bytes.len();
-        let key = event.write_key(&mut self.bytes).map_err(failed)?.then_some(start..self.bytes.len());
-        let start = self.bytes.len();
-        event.write_json(&mut self.bytes).map_err(failed)?;
-        self.records.push(Record {
-            topic: event.layout.generation as usize,
-            key,
-            value: start..self.bytes.len(),
-            timestamp: event.commit_ts.div_euclid(1000),
-            partition: (event.op == Op::Truncate).then_some(0),
-            headers: self.config.kafka.headers.is_some().then(|| cloud_event(event, &self.config.pipeline)),
-        });
-        Ok(())
+        if self.envelope.is_some() && event.is_key_changed() && event.layout.is_keyed_by_row() {
+            self.take(event, Part::Gone)?;
+            return self.take(event, Part::Come);
+        }
+        self.take(event, Part::Whole)
     }
 
     async fn mark(&mut self, checkpoint: Checkpoint) -> Result<()> {
         let checkpoint = checkpoint.max(self.start);
         let whole = checkpoint.partial.is_none();
-        if self.records.is_empty() || (!whole && self.bytes.len() < PIECE) {
+        if self.is_empty() || (!whole && self.records.bytes.len() < PIECE) {
             return Ok(());
         }
         self.hand_over(checkpoint, false).await
@@ -134,7 +144,7 @@ impl Sink for KafkaSink {
     }
 
     fn is_empty(&self) -> bool {
-        self.records.is_empty()
+        self.records.list.is_empty()
     }
 
     fn stored(&self) -> Stored {
@@ -150,27 +160,135 @@ impl Sink for KafkaSink {
     }
 }
 
+/// A record's timestamp: the commit's time in ms.
+fn timestamp(event: &Event<'_>) -> Option<i64> {
+    event.commit_time().map(|at| at.div_euclid(1000))
+}
+
+/// Index of a layout's topic.
+fn index(layout: &Layout) -> usize {
+    layout.generation as usize + 1
+}
+
 impl KafkaSink {
     /// Starts the producing thread. `known` are the topics that are there.
     fn start(
         config: Arc<Config>,
-        producer: BaseProducer,
+        producer: BaseProducer<Reports>,
         progress: Progress,
         start: Checkpoint,
         known: BTreeSet<String>,
     ) -> Result<Self> {
-        let committer = Committer::new(producer, &config, progress);
+        let limit = Limit::of(&config.kafka)?;
+        let envelope = match config.kafka.envelope {
+            config::Envelope::Flat => None,
+            config::Envelope::Debezium => {
+                Some(Envelope::new(&config.pipeline, Conninfo::parse(&config.postgres.url)?.dbname()))
+            }
+        };
+        let (give_back, spent) = channel();
+        let committer = Committer::new(producer, &config, progress, give_back);
         let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
-        let (topics, bytes, records) = Default::default();
-        Ok(Self { config, worker, start, topics, known, bytes, records })
+        let (topics, records) = (Arc::new(vec![config.dead_letter_topic()]), Records::default());
+        Ok(Self { config, worker, start, topics, known, records, spent, limit, envelope })
+    }
+
+    /// Encodes an event, or one part of it, with what follows it for compacted topics.
+    fn take(&mut self, event: &Event<'_>, part: Part) -> Result<()> {
+        let failed = |e| Error::fatal(format_args!("event {} of table {}", event.at, event.layout.table), e);
+        let begin = self.records.bytes.len();
+        let keyed = match part {
+            Part::Gone => event.write_previous_key(&mut self.records.bytes),
+            _ => event.write_key(&mut self.records.bytes),
+        };
+        let key = keyed.map_err(failed)?.then_some(begin..self.records.bytes.len());
+        let start = self.records.bytes.len();
+        let written = match &self.envelope {
+            None => event.write_json(&mut self.records.bytes),
+            Some(envelope) => envelope.write(event, part, &mut self.records.bytes),
+        };
+        written.map_err(failed)?;
+        if self.records.bytes.len() - begin > self.limit.bytes {
+            return self.too_large(event, part, begin, start);
+        }
+        let mut record = Record {
+            topic: index(event.layout),
+            key,
+            value: Some(start..self.records.bytes.len()),
+            timestamp: timestamp(event),
+            partition: (event.op == Op::Truncate).then_some(0),
+            headers: self.config.kafka.headers.is_some().then(|| cloud_event(event, &self.config.pipeline)),
+        };
+        if !self.config.kafka.tombstones {
+            self.records.list.push(record);
+            return Ok(());
+        }
+        if event.op == Op::Truncate {
+            // A compacted topic takes no record without a key.
+            let start = self.records.bytes.len();
+            event.write_id(&mut self.records.bytes);
+            record.key = Some(start..self.records.bytes.len());
+        }
+        let key = record.key.clone();
+        self.records.list.push(record);
+        self.bury(event, part, key).map_err(failed)
+    }
+
+    /// For compacted topics: a record without value for a key that no row has any more. `key` is that of the event.
+    fn bury(&mut self, event: &Event<'_>, part: Part, key: Option<Range<usize>>) -> Converted<()> {
+        let start = self.records.bytes.len();
+        let gone = match event.op {
+            Op::Delete if event.layout.is_keyed_by_row() => key,
+            Op::Update if part == Part::Gone => key,
+            Op::Update if part == Part::Whole => {
+                event.write_previous_key(&mut self.records.bytes)?.then_some(start..self.records.bytes.len())
+            }
+            _ => None,
+        };
+        self.records.list.extend(gone.map(|key| Record {
+            topic: index(event.layout),
+            key: Some(key),
+            value: None,
+            timestamp: timestamp(event),
+            partition: None,
+            headers: None,
+        }));
+        Ok(())
+    }
+
+    /// Takes the body back of an event that is too large; by policy a note stands in its place.
+    fn too_large(&mut self, event: &Event<'_>, part: Part, begin: usize, start: usize) -> Result<()> {
+        let (found, body) = (self.records.bytes.len() - begin, self.records.bytes.len() - start);
+        let topic = &self.topics[index(event.layout)];
+        if self.limit.policy == TooLarge::Stop {
+            return Err(self.limit.refusal(event, found, topic));
+        }
+        warn!(id = event.id(), table = event.layout.table, bytes = found, "too large for Kafka: dead letter");
+        metrics::counter!("falaj_produce_dead_letters_total").increment(1);
+        let key = (1..=self.limit.longest_key()).contains(&(start - begin)).then_some(begin..start);
+        let mut note = Vec::new();
+        write_note(event, self.limit, topic, key.clone().map(|key| &self.records.bytes[key]), body, &mut note)?;
+        self.records.bytes.truncate(key.as_ref().map_or(begin, |key| key.end));
+        // The room that it took is given back too.
+        self.records.bytes.shrink_to(PIECE);
+        let start = self.records.bytes.len();
+        self.records.bytes.extend_from_slice(&note);
+        self.records.list.push(Record {
+            topic: DEAD_LETTER,
+            key: None,
+            value: Some(start..self.records.bytes.len()),
+            timestamp: timestamp(event),
+            partition: None,
+            headers: None,
+        });
+        let buried = if self.config.kafka.tombstones { self.bury(event, part, key) } else { Ok(()) };
+        buried.map_err(|e| Error::fatal(format_args!("event {} of table {}", event.at, event.layout.table), e))
     }
 
     async fn hand_over(&mut self, checkpoint: Checkpoint, now: bool) -> Result<()> {
-        let capacity = self.bytes.len();
-        let bytes = std::mem::replace(&mut self.bytes, Vec::with_capacity(capacity));
-        let records = std::mem::take(&mut self.records);
-        let size = bytes.len() + records.len() * size_of::<Record>();
-        let piece = Piece { bytes, records, topics: Arc::clone(&self.topics), checkpoint, now };
+        let records = std::mem::replace(&mut self.records, self.spent.try_recv().unwrap_or_default());
+        let size = records.bytes.len() + records.list.len() * size_of::<Record>();
+        let piece = Piece { records, topics: Arc::clone(&self.topics), checkpoint, now };
         self.worker.send(piece, size).await
     }
 }
@@ -178,8 +296,10 @@ impl KafkaSink {
 /// CloudEvents 1.0, Kafka binary content mode.
 fn cloud_event(event: &Event<'_>, pipeline: &str) -> OwnedHeaders {
     let mut time = Vec::new();
-    crate::value::write_rfc3339(event.commit_ts, "Z", &mut time);
-    let (id, kind) = (event.at.event_id(), format!("falaj.{}", event.op.letter()));
+    if let Some(at) = event.commit_time() {
+        crate::value::write_rfc3339(at, "Z", &mut time);
+    }
+    let (id, kind) = (event.id(), format!("falaj.{}", event.op.letter()));
     let source = format!("/{pipeline}/{}", event.layout.table);
     let pairs: [(&str, &[u8]); 6] = [
         ("ce_specversion", b"1.0"),
@@ -191,5 +311,6 @@ fn cloud_event(event: &Event<'_>, pipeline: &str) -> OwnedHeaders {
     ];
     pairs
         .into_iter()
+        .filter(|(_, value)| !value.is_empty())
         .fold(OwnedHeaders::new_with_capacity(6), |h, (key, value)| h.insert(Header { key, value: Some(value) }))
 }

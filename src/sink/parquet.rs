@@ -27,7 +27,7 @@ use position::{not_writable, position, take_over};
 use writer::{Encoded, Progress, Todo, Writer};
 
 /// Rows handed to the encoder at once; a fixed number, so that the same range gives the same pages.
-const ROWS: usize = 2048;
+const ROWS: usize = 1024;
 /// … or as soon as their cells hold this many bytes.
 const BYTES: usize = 1 << 20;
 

@@ -3,6 +3,7 @@
 use tokio_postgres::{Client, Row};
 
 use super::conn::sql_error;
+use super::types::{self, Told};
 use super::wire::ident;
 use crate::error::Result;
 use crate::schema::{Column, Relation};
@@ -111,20 +112,24 @@ async fn describe(client: &Client, row: &Row, listed: Option<Vec<String>>) -> Re
                    (SELECT pg_catalog.array_position(i.indkey::int2[], a.attnum) FROM pg_catalog.pg_index i \
                        WHERE i.indrelid = c.oid AND i.indisprimary) \
                FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
-               WHERE c.oid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum";
-    let found = client.query(sql, &[&oid]).await.map_err(|e| sql_error("reading the catalogue", &e))?;
+               WHERE c.oid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND (a.attgenerated = '' OR a.attname::text = ANY ($2)) \
+               ORDER BY a.attnum";
+    // A generated column is streamed only where the publication names it (Postgres 18, publish_generated_columns).
+    let named: &[String] = listed.as_deref().unwrap_or_default();
+    let found = client.query(sql, &[&oid, &named]).await.map_err(|e| sql_error("reading the catalogue", &e))?;
     let mut key: Vec<(i32, String)> =
         found.iter().filter_map(|r| Some((r.get::<_, Option<i32>>(4)?, r.get(0)))).collect();
     key.sort();
     let is_listed = |name: &str| listed.as_ref().is_none_or(|l| l.iter().any(|c| c == name));
     let column = |r: &Row| Column { name: r.get(0), type_oid: r.get(1), type_mod: r.get(2), identity: r.get(3) };
-    let relation = Relation {
+    let mut relation = Relation {
         oid,
         namespace: row.get(1),
         name: row.get(2),
         replica_identity: row.get::<_, &str>(4).bytes().next().unwrap_or(b'd'),
         columns: found.iter().map(column).filter(|c| is_listed(&c.name)).collect(),
     };
+    types::resolve(client, &mut relation.columns, &Told::default()).await?;
     let primary_key = key.into_iter().map(|(_, name)| name).collect();
     Ok(Table { relation, primary_key, partitioned: row.get(3), readable: row.get(5) })
 }

@@ -7,4 +7,5 @@ mod pace;
 pub mod slot; //    the slot and the catalogue, as SQL sees them
 pub mod snapshot; // exported snapshots that belong to an LSN
 pub mod stream; //  the CopyBoth stream
+pub mod types; //   user-defined types, by what their values look like
 pub mod wire; //    the replication connection

@@ -1,10 +1,11 @@
 //! The slot and the catalogue, as SQL sees them.
 
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Row};
 
+use super::types::{self, Told};
 use crate::error::{Error, Result};
 use crate::lsn::{Checkpoint, Lsn};
-use crate::schema::{Relation, Type};
+use crate::schema::{Column, Relation};
 
 /// A row of `pg_replication_slots`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -170,23 +171,31 @@ pub async fn wire_form(client: &Client, publication: &str) -> Result<WireForm> {
                JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
                WHERE p.pubname::text = $1";
     let rows = client.query(sql, &[&publication]).await.map_err(lost)?;
-    let known = rows.iter().all(|row| Type::from_oid(row.get(0), -1).has_binary());
+    let column = |row: &Row| Column { name: String::new(), type_oid: row.get(0), type_mod: -1, identity: false };
+    let mut columns: Vec<_> = rows.iter().map(column).collect();
+    types::resolve(client, &mut columns, &Told::default()).await?;
+    let known = columns.iter().all(|c| c.ty().has_binary());
     Ok(if known { WireForm::Binary } else { WireForm::Text })
 }
 
-/// Indexes of a relation's primary key columns. Under the default identity the stream says it; else the catalogue does.
+/// Indexes, in column order, of the columns that a relation's rows are known by: the primary key. Under the default identity
+/// the stream says it; else the catalogue does. Where deletes do not bring the primary key (REPLICA IDENTITY USING INDEX of
+/// other columns), they are the index's columns, so that every change of a row has the same key.
 ///
 /// # Errors
 /// [`Error::Unreachable`] when the connection is lost.
 pub async fn primary_key(client: &Client, relation: &Relation) -> Result<Vec<usize>> {
+    let identity = || (0..relation.columns.len()).filter(|i| relation.columns[*i].identity).collect();
     if relation.replica_identity == b'd' {
-        return Ok((0..relation.columns.len()).filter(|i| relation.columns[*i].identity).collect());
+        return Ok(identity());
     }
     let sql = "SELECT a.attname::text FROM pg_catalog.pg_index i \
                JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[]) \
-               WHERE i.indrelid = $1 AND i.indisprimary ORDER BY array_position(i.indkey::int2[], a.attnum)";
+               WHERE i.indrelid = $1 AND i.indisprimary ORDER BY a.attnum";
     let rows = client.query(sql, &[&relation.oid]).await.map_err(lost)?;
-    Ok(rows.iter().filter_map(|row| relation.index_of(row.get(0))).collect())
+    let primary: Vec<usize> = rows.iter().filter_map(|row| relation.index_of(row.get(0))).collect();
+    let is_brought = !primary.is_empty() && primary.iter().all(|i| relation.columns[*i].identity);
+    Ok(if relation.replica_identity == b'i' && !is_brought { identity() } else { primary })
 }
 
 fn parse_lsn(text: &str) -> Result<Lsn> {

@@ -199,10 +199,10 @@ fn map_chars(name: &str, allowed: impl Fn(char) -> bool) -> String {
 /// The view's query: of each primary key the row with the highest position, unless that is a delete or a truncate came after it.
 ///
 /// An unchanged TOAST column has the value of the last row that carries it, and a key that was changed into another one is
-/// gone. `table` is `project.dataset.table`, `fields` are
-/// its columns; `_id` sorts as the position.
-pub fn view_query(table: &str, primary_key: &[String], fields: &[TableFieldSchema]) -> String {
-    let key: Vec<String> = primary_key.iter().map(|c| format!("`{c}`")).collect();
+/// gone. `table` is `project.dataset.table`, `primary_key` has the names of each key column in Postgres and in BigQuery,
+/// `fields` are the table's columns; `_id` sorts as the position.
+pub fn view_query(table: &str, primary_key: &[(String, String)], fields: &[TableFieldSchema]) -> String {
+    let key: Vec<String> = primary_key.iter().map(|(_, name)| format!("`{name}`")).collect();
     let newest_first = format!("PARTITION BY {} ORDER BY _id DESC", key.join(", "));
     let carried = |f: &TableFieldSchema| {
         let (name, text) = (&f.name, serde_json::Value::from(f.name.as_str()));
@@ -226,13 +226,15 @@ pub fn view_query(table: &str, primary_key: &[String], fields: &[TableFieldSchem
 }
 
 /// Joins each key with the last update that changed it into another one: what came before is no row of that key any more.
-fn moved_keys(table: &str, primary_key: &[String]) -> String {
+///
+/// `_old_key` is written with the names that the columns have in Postgres.
+fn moved_keys(table: &str, primary_key: &[(String, String)]) -> String {
     let mut old = String::new();
     let mut same = Vec::new();
-    for (n, column) in primary_key.iter().enumerate() {
-        let path = serde_json::Value::from(format!("$.\"{column}\""));
+    for (n, (source, name)) in primary_key.iter().enumerate() {
+        let path = serde_json::Value::from(format!("$.\"{source}\""));
         old += &format!("JSON_VALUE(_old_key, {path}) AS _falaj_key{n}, ");
-        same.push(format!("CAST(source.`{column}` AS STRING) = _falaj_key{n}"));
+        same.push(format!("CAST(source.`{name}` AS STRING) = _falaj_key{n}"));
     }
     let group: Vec<String> = (0..primary_key.len()).map(|n| format!("_falaj_key{n}")).collect();
     format!(
@@ -244,10 +246,10 @@ fn moved_keys(table: &str, primary_key: &[String]) -> String {
 }
 
 /// Postgres moves values of variable length out of the row, and then leaves them out of an update that does not touch them.
-fn can_be_toasted(field: &TableFieldSchema, primary_key: &[String]) -> bool {
+fn can_be_toasted(field: &TableFieldSchema, primary_key: &[(String, String)]) -> bool {
     let variable =
         matches!(field.r#type, FieldType::String | FieldType::Bytes | FieldType::Numeric | FieldType::Bignumeric);
-    variable && !field.name.starts_with('_') && !primary_key.contains(&field.name)
+    variable && !field.name.starts_with('_') && !primary_key.iter().any(|(_, name)| *name == field.name)
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use super::columns;
 use crate::archive::{META_PIPELINE, META_PRIMARY_KEY, META_RECORD_KEY, META_SLOT, META_VERSION, VERSION};
 use crate::error::{Error, Result};
 use crate::lsn::{Lsn, Position, SlotIdentity};
+use crate::message;
 
 /// Rows of a decoded piece while files are put together.
 const PIECE_ROWS: usize = 8192;
@@ -125,12 +126,18 @@ impl Source {
                 let at = at.map_err(|e| self.failed(e))?;
                 range = match range {
                     None => Some((at, at)),
-                    Some((first, last)) if at > last => Some((first, at)),
+                    Some((first, last)) if at > last || (at == last && self.is_of_messages()) => Some((first, at)),
                     Some((_, last)) => return Err(self.failed(format_args!("row {at} stands after row {last}"))),
                 };
             }
         }
         Ok(range)
+    }
+
+    /// Messages between two rows stand at one position, and never in two batches.
+    fn is_of_messages(&self) -> bool {
+        let stem = self.path.file_stem().map(|stem| stem.to_string_lossy());
+        stem.is_some_and(|stem| stem.split('.').next() == Some(message::TABLE))
     }
 
     fn pieces(

@@ -85,7 +85,8 @@ impl TableLoad<'_> {
         if lost && self.world.for_ever(CHECK, is_there).await? {
             return Ok(None);
         }
-        let key = columns::names_in(&source.primary_key, source.schema());
+        let key = &source.primary_key;
+        let key: Vec<_> = key.iter().cloned().zip(columns::names_in(key, source.schema())).collect();
         let load = prepare(vec![source], None, fields.clone(), turn.scratch()).await?;
         let Some(load) = load else { return Ok(None) };
         let job = chain.load_history(&name(batch, file), &load, &fields).await?;

@@ -150,7 +150,9 @@ impl TableLoad<'_> {
             let pending = metrics::gauge!("falaj_upload_pending_batches", "table" => self.table.to_owned());
             pending.set(self.new_files(record).count() as f64);
             let fields = self.ensure_table(chain, &group.sources[0]).await?;
-            let key = columns::names_in(&group.sources[0].primary_key, group.sources[0].schema());
+            let key = &group.sources[0].primary_key;
+            let names = columns::names_in(key, group.sources[0].schema());
+            let key: Vec<_> = key.iter().cloned().zip(names).collect();
             let through = group.through;
             let load = prepare(group.sources, record.loaded, fields.clone(), turn.scratch()).await?;
             let end = load.as_ref().map(|load| load.last);
@@ -213,7 +215,7 @@ impl TableLoad<'_> {
     pub(super) async fn ensure_view(
         &self,
         chain: &Chain<'_>,
-        key: &[String],
+        key: &[(String, String)],
         fields: &[TableFieldSchema],
     ) -> Result<()> {
         let id = columns::view_id(&chain.table_id);

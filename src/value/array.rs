@@ -10,7 +10,7 @@ pub(super) fn write(ty: Type, element: Element, text: &str, out: &mut Vec<u8>) -
         Some((bounds, _)) if bounds.starts_with('[') => &text[bounds.len() + 1..],
         _ => text,
     };
-    let start = out.len();
+    let (start, delimiter) = (out.len(), element.delimiter());
     let mut chars = body.char_indices().peekable();
     let mut fresh = true;
     let mut depth = 0_u32;
@@ -29,7 +29,7 @@ pub(super) fn write(ty: Type, element: Element, text: &str, out: &mut Vec<u8>) -
                     break;
                 }
             }
-            ',' if depth > 0 && !fresh => out.push(b','),
+            c if c == delimiter && depth > 0 && !fresh => out.push(b','),
             '"' if depth > 0 => {
                 let mut value = String::new();
                 loop {
@@ -45,7 +45,7 @@ pub(super) fn write(ty: Type, element: Element, text: &str, out: &mut Vec<u8>) -
             }
             _ if depth > 0 => {
                 let rest = &body[at..];
-                let end = rest.find([',', '}']).unwrap_or(rest.len());
+                let end = rest.find([delimiter, '}']).unwrap_or(rest.len());
                 match &rest[..end] {
                     "NULL" => out.extend_from_slice(b"null"),
                     value => write_element(ty, element, value, out)?,
@@ -78,6 +78,8 @@ mod tests {
             r#"["a","b,c","d\"e","NULL",null,"","{x}={y"]"#
         );
         assert_eq!(json(Element::Json, r#"{"{\"a\": 1.10}"}"#).unwrap(), r#"[{"a": 1.10}]"#);
+        assert_eq!(json(Element::Box, "{(1,1),(0,0);NULL}").unwrap(), r#"["(1,1),(0,0)",null]"#);
+        assert_eq!(json(Element::Text, r#"{"(1,\"a b\")","[1,2)"}"#).unwrap(), r#"["(1,\"a b\")","[1,2)"]"#);
         assert_eq!(json(Element::Bool, "{t,f}").unwrap(), "[true,false]");
         assert_eq!(
             json(Element::Timestamptz, r#"{"2026-11-24 00:00:00+00"}"#).unwrap(),

@@ -112,6 +112,8 @@ fn write_escape(byte: u8, out: &mut Vec<u8>) {
         b'\n' => out.extend_from_slice(b"\\n"),
         b'\r' => out.extend_from_slice(b"\\r"),
         b'\t' => out.extend_from_slice(b"\\t"),
+        0x08 => out.extend_from_slice(b"\\b"),
+        0x0C => out.extend_from_slice(b"\\f"),
         _ => {
             let hex = |n: u8| super::HEX[usize::from(n)];
             out.extend_from_slice(&[b'\\', b'u', b'0', b'0', hex(byte >> 4), hex(byte & 15)]);
@@ -127,7 +129,7 @@ pub(super) fn write_element(ty: Type, element: Element, text: &str, out: &mut Ve
         Element::Json => Ok(out.extend_from_slice(text.as_bytes())),
         Element::Timestamp => write_time(ty, Cell::Text(text.as_bytes()), "", out),
         Element::Timestamptz => write_time(ty, Cell::Text(text.as_bytes()), "Z", out),
-        Element::Text => Ok(write_json_string(text, out)),
+        Element::Text | Element::Box => Ok(write_json_string(text, out)),
     }
 }
 

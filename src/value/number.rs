@@ -1,5 +1,8 @@
 //! Floats and numerics: Postgres's digits, and exact decimals.
 
+use std::fmt::LowerExp;
+use std::str::FromStr;
+
 use super::{Converted, bad, utf8};
 use crate::pgoutput::Cell;
 use crate::schema::Type;
@@ -7,15 +10,65 @@ use crate::schema::Type;
 /// `float4out`: exponent form from 1e6 on.
 pub(super) fn write_float4(x: f32, out: &mut Vec<u8>) {
     if !write_special(f64::from(x), out) {
-        lay_out(&format!("{x:e}"), 6, out);
+        lay_out(&shortest(x, 6), 6, out);
     }
 }
 
 /// `float8out`: exponent form from 1e15 on.
 pub(super) fn write_float8(x: f64, out: &mut Vec<u8>) {
     if !write_special(x, out) {
-        lay_out(&format!("{x:e}"), 15, out);
+        lay_out(&shortest(x, 15), 15, out);
     }
+}
+
+/// The digits that Postgres writes, as `{:e}` lays them out: the shortest that read back, like Rust's but for ties.
+///
+/// Where two of that length are as near, Postgres takes the even one. And digits that lie just midway to the next float
+/// are too short for it, for the sake of readers that round a tie the wrong way. Either can only be with more digits
+/// than a float always keeps (`exact`), of a number that is whole in units of 2⁻²⁵.
+fn shortest<T: Float>(x: T, exact: usize) -> String {
+    const UNITS: f64 = 33_554_432.0;
+    let mut text = format!("{x:e}");
+    let mut digits = digits_of(&text);
+    if !(digits >= exact || exponent_of(&text) >= exact) || (x.into() * UNITS).fract() != 0.0 {
+        return text;
+    }
+    // With a given number of digits Rust rounds half to even. Below a power of two floats are nearer to each other: there
+    // the nearest digits may be another float's.
+    let even = format!("{x:.*e}", digits - 1);
+    if even.parse().is_ok_and(|y: T| y == x) {
+        text = even;
+    }
+    while is_midway(x, &text) {
+        text = format!("{x:.digits$e}");
+        digits += 1;
+    }
+    text
+}
+
+trait Float: LowerExp + FromStr + PartialEq + Copy + Into<f64> {}
+impl Float for f32 {}
+impl Float for f64 {}
+
+fn digits_of(text: &str) -> usize {
+    text.bytes().take_while(|b| *b != b'e').filter(u8::is_ascii_digit).count()
+}
+
+/// 0 for a negative one.
+fn exponent_of(text: &str) -> usize {
+    text.split_once('e').and_then(|(_, exponent)| exponent.parse().ok()).unwrap_or(0)
+}
+
+/// Whether the slightest bit more, or less, than `text` reads as another float.
+fn is_midway<T: Float>(x: T, text: &str) -> bool {
+    let Some((mantissa, exponent)) = text.split_once('e') else { return false };
+    let mantissa = if mantissa.contains('.') { mantissa.trim_end_matches('0').trim_end_matches('.') } else { mantissa };
+    let point = if mantissa.contains('.') { "" } else { "." };
+    let (head, last) = mantissa.split_at(mantissa.len().saturating_sub(1));
+    let one_less = last.parse::<u8>().unwrap_or(1).saturating_sub(1);
+    let more = format!("{mantissa}{point}{:0>50}e{exponent}", 1);
+    let less = format!("{head}{one_less}{point}{:9>50}e{exponent}", 9);
+    [more, less].iter().any(|text| text.parse::<T>().is_ok_and(|y| y != x))
 }
 
 fn write_special(x: f64, out: &mut Vec<u8>) -> bool {
@@ -251,6 +304,10 @@ mod tests {
             (5e-324, "5e-324"),
             (f64::MAX, "1.7976931348623157e+308"),
             (123456.789, "123456.789"),
+            (1e23, "9.999999999999999e+22"),
+            (18_014_398_509_481_992.0, "1.8014398509481992e+16"),
+            (562_949_953_421_312.0 + 0.25, "562949953421312.2"),
+            (2.0_f64.powi(-25), "2.9802322387695312e-08"),
             (f64::NAN, "NaN"),
             (f64::NEG_INFINITY, "-Infinity"),
         ] {
@@ -258,6 +315,7 @@ mod tests {
         }
         assert_eq!(of(|o| write_float4(0.1, o)), "0.1");
         assert_eq!(of(|o| write_float4(1e6, o)), "1e+06");
+        assert_eq!(of(|o| write_float4(117_760_704.0, o)), "1.17760704e+08");
         assert_eq!(of(|o| write_float4(999_999.0, o)), "999999");
     }
 

@@ -54,7 +54,7 @@ pub fn table(dir: &Path, table: &str) -> Vec<RecordBatch> {
 }
 
 /// The files of a table, in the order of their batches and parts.
-fn files_of(dir: &Path, table: &str) -> Vec<PathBuf> {
+pub fn files_of(dir: &Path, table: &str) -> Vec<PathBuf> {
     let mut all = Vec::new();
     for batch in batches(dir) {
         let part = |part: usize| match part {

@@ -1,6 +1,7 @@
 //! Reads topics as a consumer outside would: read_committed, from the beginning to the end.
 
 use falaj::config::Config;
+use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
@@ -84,4 +85,17 @@ pub async fn write(config: &Config, topic: &str, key: &str, value: &str) {
         producer.flush(DEADLINE).unwrap();
     };
     tokio::task::spawn_blocking(work).await.unwrap();
+}
+
+/// Changes one setting of a topic, and waits until the broker goes by it.
+pub async fn configure(config: &Config, topic: &str, key: &str, value: &str) {
+    let admin = falaj::kafka::admin(&config.kafka).unwrap();
+    let (resource, options) = (ResourceSpecifier::Topic(topic), AdminOptions::new());
+    let alter = AlterConfig::new(resource).set(key, value);
+    admin.alter_configs([&alter], &options).await.unwrap().remove(0).unwrap();
+    super::until("the topic has the setting", async || {
+        let described = admin.describe_configs([&resource], &options).await.unwrap().remove(0).unwrap();
+        described.get(key).and_then(|entry| entry.value.as_deref()) == Some(value)
+    })
+    .await;
 }

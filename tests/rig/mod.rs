@@ -9,6 +9,7 @@ pub mod load;
 pub mod oracle;
 pub mod peer;
 pub mod process;
+pub mod pyarrow;
 pub mod stack;
 
 use std::collections::BTreeMap;

@@ -51,6 +51,12 @@ impl Falaj {
         fs::read_to_string(&self.log).unwrap()
     }
 
+    /// Resident memory in bytes; 0 when it has ended.
+    pub fn rss(&self) -> usize {
+        let statm = fs::read_to_string(format!("/proc/{}/statm", self.child.id())).unwrap_or_default();
+        statm.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok()).unwrap_or(0) * 4096
+    }
+
     pub fn runs(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }

@@ -7,11 +7,19 @@ use std::process::Command;
 /// Stopped and removed when dropped.
 pub struct Stack {
     dir: PathBuf,
+    env: Vec<(String, String)>,
 }
 
 impl Stack {
     pub fn up(name: &str, servers: &[&str]) -> Self {
-        let stack = Self { dir: std::env::temp_dir().join(format!("falaj-{name}-{}", std::process::id())) };
+        Self::up_with(name, servers, &[])
+    }
+
+    /// As [`Stack::up`], with settings of `dev/stack` in its environment.
+    pub fn up_with(name: &str, servers: &[&str], env: &[(&str, &str)]) -> Self {
+        let dir = std::env::temp_dir().join(format!("falaj-{name}-{}", std::process::id()));
+        let env = env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let stack = Self { dir, env };
         stack.call(&[&["up"], servers].concat());
         stack
     }
@@ -32,7 +40,7 @@ impl Stack {
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/dev/stack"));
-        command.args(arguments).env("FALAJ_STACK_DIR", &self.dir);
+        command.args(arguments).env("FALAJ_STACK_DIR", &self.dir).envs(self.env.iter().cloned());
         command
     }
 }

@@ -2,12 +2,15 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant, SystemTime};
 
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::OwnedHeaders;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
+use super::limit::queue_kbytes;
+use super::reports::Reports;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
 use crate::kafka::{TIMEOUT, client_over, error};
@@ -24,22 +27,42 @@ const ROLL_BACK: Duration = Duration::from_secs(2);
 /// One step of that.
 const STEP: Duration = Duration::from_millis(50);
 
-/// Records of several events in one buffer, and the position after them.
+/// Records of several events, and the position after them.
 pub(super) struct Piece {
-    pub(super) bytes: Vec<u8>,
-    pub(super) records: Vec<Record>,
+    pub(super) records: Records,
     pub(super) topics: Arc<Vec<String>>,
     pub(super) checkpoint: Checkpoint,
     /// Commit now, whatever the transaction's size and age.
     pub(super) now: bool,
 }
 
+/// Records and the one buffer that they point into. It goes back and forth between loop and thread: taken from the system
+/// anew for each piece, its pages would cost as much as their content.
+#[derive(Default)]
+pub(super) struct Records {
+    pub(super) bytes: Vec<u8>,
+    pub(super) list: Vec<Record>,
+}
+
+impl Records {
+    /// Bytes that are kept for the next piece; a larger buffer held a few large rows.
+    const KEPT: usize = 1 << 20;
+
+    /// Empties it; `None` when it is too large to be kept.
+    fn cleared(mut self) -> Option<Self> {
+        self.bytes.clear();
+        self.list.clear();
+        (self.bytes.capacity() + self.list.capacity() * size_of::<Record>() <= Self::KEPT).then_some(self)
+    }
+}
+
 pub(super) struct Record {
     pub(super) topic: usize,
     pub(super) key: Option<Range<usize>>,
-    pub(super) value: Range<usize>,
-    /// ms since the Unix epoch.
-    pub(super) timestamp: i64,
+    /// `None`: a tombstone.
+    pub(super) value: Option<Range<usize>>,
+    /// Commit time, ms since the Unix epoch; without one Kafka takes that of sending.
+    pub(super) timestamp: Option<i64>,
     pub(super) partition: Option<i32>,
     pub(super) headers: Option<OwnedHeaders>,
 }
@@ -49,13 +72,14 @@ pub(super) type Progress = Box<dyn Fn(Checkpoint) -> Result<(String, Vec<u8>)> +
 
 /// The thread's side: owns the producer and the open Kafka transaction.
 pub(super) struct Committer {
-    producer: BaseProducer,
+    producer: BaseProducer<Reports>,
     config: config::Kafka,
     topic: String,
     progress: Progress,
     limit: usize,
     age: Duration,
     open: Option<Open>,
+    spent: Sender<Records>,
 }
 
 struct Open {
@@ -67,7 +91,13 @@ struct Open {
 }
 
 impl Committer {
-    pub(super) fn new(producer: BaseProducer, config: &Config, progress: Progress) -> Self {
+    /// `spent` takes back what has been produced.
+    pub(super) fn new(
+        producer: BaseProducer<Reports>,
+        config: &Config,
+        progress: Progress,
+        spent: Sender<Records>,
+    ) -> Self {
         Self {
             producer,
             config: config.kafka.clone(),
@@ -76,6 +106,7 @@ impl Committer {
             limit: config.produce.transaction_bytes.0,
             age: config.produce.transaction_age.0,
             open: None,
+            spent,
         }
     }
 
@@ -88,6 +119,9 @@ impl Committer {
             match orders.next(patience) {
                 Next::Order(Order { what: piece, .. }) => {
                     self.add(&piece)?;
+                    if let Some(records) = piece.records.cleared() {
+                        let _ = self.spent.send(records);
+                    }
                     if self.is_due(piece.now) {
                         self.commit(orders)?;
                     }
@@ -120,20 +154,20 @@ impl Committer {
             is_live: true,
             checkpoint: piece.checkpoint,
         });
-        open.bytes += piece.bytes.len();
+        open.bytes += piece.records.bytes.len();
         open.checkpoint = piece.checkpoint;
-        open.is_live = piece.records.last().is_none_or(|r| age_of(r.timestamp) < BACKLOG);
-        for record in &piece.records {
+        open.is_live = piece.records.list.last().and_then(|r| r.timestamp).is_none_or(|at| age_of(at) < BACKLOG);
+        for record in &piece.records.list {
             self.produce(piece, record)?;
         }
         Ok(())
     }
 
     fn produce(&self, piece: &Piece, record: &Record) -> Result<()> {
-        let mut out = BaseRecord::<[u8], [u8]>::to(&piece.topics[record.topic])
-            .payload(&piece.bytes[record.value.clone()])
-            .timestamp(record.timestamp);
-        out.key = record.key.clone().map(|key| &piece.bytes[key]);
+        let mut out = BaseRecord::<[u8], [u8]>::to(&piece.topics[record.topic]);
+        out.payload = record.value.clone().map(|value| &piece.records.bytes[value]);
+        out.timestamp = record.timestamp;
+        out.key = record.key.clone().map(|key| &piece.records.bytes[key]);
         out.partition = record.partition;
         out.headers.clone_from(&record.headers);
         self.send(out)
@@ -191,7 +225,7 @@ impl Committer {
 
     /// Retriable errors ask for the same call again; any other one ends this producer, and a new one starts from the
     /// position that is stored.
-    fn retrying(&self, call: impl Fn(&BaseProducer) -> Result<(), KafkaError>) -> Result<()> {
+    fn retrying(&self, call: impl Fn(&BaseProducer<Reports>) -> Result<(), KafkaError>) -> Result<()> {
         loop {
             match call(&self.producer) {
                 Ok(()) => return Ok(()),
@@ -202,6 +236,11 @@ impl Committer {
     }
 
     fn failed(&self, e: &KafkaError) -> Error {
+        // A commit that fails says only that something was not taken; what, is in the reports.
+        self.producer.poll(STEP);
+        if let Some(refusal) = self.producer.context().refusal() {
+            return refusal;
+        }
         match self.producer.client().fatal_error() {
             Some((
                 RDKafkaErrorCode::Fenced | RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::InvalidProducerEpoch,
@@ -219,14 +258,15 @@ fn age_of(commit_ms: i64) -> Duration {
 }
 
 /// A producer of this pipeline and slot; its `init_transactions` fences whoever had the id before.
-pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
+pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer<Reports>> {
     let mut settings = client_over(
         &config.kafka,
         &[
             ("linger.ms", "20"),
-            ("batch.size", "1048576"),
+            ("batch.size", "262144"),
             ("batch.num.messages", "20000"),
-            ("queue.buffering.max.kbytes", "8192"),
+            // Where the broker shares the machine its work is what bounds the rate, and this makes it a fifth.
+            ("compression.type", "lz4"),
             ("queue.buffering.max.messages", "200000"),
             ("transaction.timeout.ms", "60000"),
             ("message.timeout.ms", "45000"),
@@ -237,6 +277,7 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer> {
         .set("transactional.id", format!("{}.{slot}", config.pipeline))
         .set("enable.idempotence", "true")
         .set("acks", "all")
+        .set("queue.buffering.max.kbytes", queue_kbytes(&config.kafka)?)
         .set("delivery.report.only.error", "true");
-    settings.create().map_err(|e| error(&config.kafka, &e))
+    settings.create_with_context(Reports::default()).map_err(|e| error(&config.kafka, &e))
 }

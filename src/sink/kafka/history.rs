@@ -7,9 +7,10 @@ use std::sync::Arc;
 use rdkafka::consumer::Consumer;
 use rdkafka::producer::{BaseProducer, Producer};
 
-use super::KafkaSink;
 use super::commit::{Progress, producer};
 use super::position::{consumer, require, scan};
+use super::reports::Reports;
+use super::{KafkaSink, require_room};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kafka;
@@ -18,7 +19,7 @@ use crate::sink::Sink;
 
 /// The producer of one lane. Whoever had it before can write no more, and what he left open is rolled back.
 pub struct Fenced {
-    producer: BaseProducer,
+    producer: BaseProducer<Reports>,
     /// Topics that are there.
     known: BTreeSet<String>,
 }
@@ -35,6 +36,7 @@ pub async fn fence(config: &Arc<Config>, lanes: usize, tables: &[String]) -> Res
         [c.checkpoint_topic()].iter().chain(&needed).try_for_each(|topic| require(&topics, topic))
     };
     blocking(check).await?;
+    require_room(config, &known.iter().cloned().collect::<Vec<_>>()).await?;
     let open = |lane: usize| {
         let (config, known) = (Arc::clone(config), known.clone());
         blocking(move || {

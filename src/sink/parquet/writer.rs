@@ -24,9 +24,9 @@ use crate::sink::worker::{Next, Orders};
 /// Rows of a row group.
 const ROW_GROUP: usize = 128 << 10;
 /// Bytes that the encoders of all open files may hold; beyond, the largest ends its row group.
-const HELD: usize = 8 << 20;
+const HELD: usize = 3 << 20;
 /// Bytes of a page, and of a dictionary: each column of each open file holds one of both.
-const PAGE: usize = 128 << 10;
+const PAGE: usize = 64 << 10;
 
 /// What the loop asks of the thread.
 pub(super) enum Todo {
