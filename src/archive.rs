@@ -17,6 +17,10 @@ pub const VERSION: &str = "1";
 pub const POSITION_FILE: &str = "position.json";
 /// Prefix of an owner's work directory.
 pub const WORK_PREFIX: &str = ".work-";
+/// Prefix of the work directory of a backfill, which does not hold the slot.
+pub const HISTORY_WORK_PREFIX: &str = ".backfill-";
+/// In a batch of a backfill: how far its rows reach. Readers of data sets leave out what begins with `_`.
+pub const HISTORY_FILE: &str = "_backfill.json";
 
 /// Footer key: pipeline name.
 pub const META_PIPELINE: &str = "falaj.pipeline";
@@ -113,6 +117,11 @@ impl Batch {
     /// before stands one byte below the LSN of its snapshot.
     pub fn is_streamed(&self) -> bool {
         self.first.commit_lsn.0.is_multiple_of(8)
+    }
+
+    /// Whether a backfill has copied it: then a file says how far.
+    pub fn is_history(&self) -> bool {
+        !self.is_streamed() && self.path.join(HISTORY_FILE).exists()
     }
 
     /// The batch's Parquet files, by table and part. Marks and other files beside them are left out.
@@ -216,6 +225,21 @@ mod tests {
         for bad in ["", "16.3", "00000016b374d848.0000000003", "00000016B374D848.3", "00000016B374D848.+000000003"] {
             assert_eq!(parse_bound(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_batch_of_a_backfill_says_so_and_lies_between_two_records() {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |lsn, file| {
+            let batch = dir.path().join(Batch::name(at(lsn, 0), at(lsn, 9)));
+            std::fs::create_dir(&batch).unwrap();
+            std::fs::write(batch.join(file), "{}").unwrap();
+        };
+        make(0x107, HISTORY_FILE);
+        make(0x207, "t.parquet");
+        make(0x300, HISTORY_FILE);
+        let history: Vec<_> = list(dir.path()).unwrap().iter().map(Batch::is_history).collect();
+        assert_eq!(history, [true, false, false]);
     }
 
     #[test]

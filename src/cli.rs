@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::backfill::JOBS;
 use crate::config::{Envelope, SinkName, Span};
 use crate::lsn::Lsn;
 
@@ -30,6 +31,8 @@ pub enum Verb {
     Generate(Generate),
     /// Slot → decode → enrich → Kafka and Parquet archive
     Produce(Produce),
+    /// Copy the rows of a published table as they are now, beside the stream; again the same command goes on where it was
+    Backfill(Backfill),
     /// Kafka → Redis board, Kafka → outside HTTP system
     Consume(Consume),
     /// Sealed Parquet batches → BigQuery load jobs
@@ -64,6 +67,9 @@ pub struct Init {
     /// Also create the tables of sql/ where they are absent
     #[arg(long)]
     pub with_tables: bool,
+    /// Copy the rows that are there already to the sinks, from the snapshot at which the slot begins
+    #[arg(long)]
+    pub snapshot: bool,
     /// Take over a slot made by hand, or rebuild a lost lookup state from now
     #[arg(long)]
     pub adopt_slot: bool,
@@ -157,6 +163,22 @@ pub struct Bookmark {
     /// Remove it, with its slot and every slot that was made from it
     #[arg(long, requires = "name")]
     pub drop: bool,
+}
+
+/// Flags of `backfill`.
+#[derive(Clone, Debug, Args)]
+pub struct Backfill {
+    /// A published table: bare in schema public, else schema.table
+    pub table: String,
+    /// Only the rows for which this SQL condition holds
+    #[arg(long = "where", value_name = "SQL")]
+    pub filter: Option<String>,
+    /// Ranges that are copied side by side, each over a connection of its own
+    #[arg(long, default_value_t = JOBS, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub jobs: u16,
+    /// At most so many rows a second
+    #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub rate: Option<u64>,
 }
 
 /// Flags of `measure`.

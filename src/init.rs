@@ -27,7 +27,7 @@ pub async fn run(world: &World, args: &cli::Init) -> Result<()> {
         return print("nothing was changed; falaj init --yes carries it out\n");
     }
     plan.carry_out(world).await?;
-    print("done\n")
+    if world.stop.is_cancelled() { Ok(()) } else { print("done\n") }
 }
 
 /// Asks on a terminal; without one, or when a signal comes instead of an answer, it is no.

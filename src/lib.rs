@@ -23,6 +23,7 @@ pub mod bookmark; //    a copy of the slot, with its lookup rows
 pub mod check; //       every requirement: found, needed, fix
 pub mod init; //        publication, topics, slot, first lookup state
 
+pub mod backfill; //    history → sinks, beside the stream
 pub mod consume; //     Kafka → Redis board, Kafka → outside HTTP system
 pub mod generate; //    seeded load
 pub mod mock_external; // the simulated outside system

@@ -97,6 +97,7 @@ async fn dispatch(world: &World, verb: Verb, metrics: PrometheusHandle) -> Resul
         Verb::Generate(args) => falaj::generate::run(world, &args).await,
         Verb::Produce(args) => falaj::produce::run(world, &args).await,
         Verb::Measure(args) => falaj::produce::measure(world, args.until_lsn).await,
+        Verb::Backfill(args) => falaj::backfill::run(world, &args).await,
         Verb::Consume(args) => falaj::consume::run(world, &args).await,
         Verb::Board(args) => falaj::consume::board(world, &args).await,
         Verb::Upload(args) => falaj::upload::run(world, &args).await,

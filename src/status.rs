@@ -189,7 +189,11 @@ async fn sink(world: &World, name: SinkName, identity: &Part<SlotIdentity>) -> S
 
 fn archive(config: &Config) -> Result<Archive> {
     let batches = archive::list(&config.archive.dir)?;
-    let last = batches.last().map(|batch| archive::Batch::name(batch.first, batch.last));
+    let last = batches
+        .iter()
+        .rev()
+        .find(|batch| !batch.is_history())
+        .map(|batch| archive::Batch::name(batch.first, batch.last));
     Ok(Archive { dir: config.archive.dir.display().to_string(), batches: batches.len(), last })
 }
 
@@ -219,13 +223,17 @@ async fn loaded(world: &World) -> Result<Vec<Loaded>> {
         let done = record.as_ref().is_some_and(|r| Some(at.bound) <= r.loaded || Some(at) <= r.through);
         told.pending_files += usize::from(!done);
     }
+    for (table, pending) in upload::pending_history(world).await? {
+        let unknown = || (Loaded { table: table.clone(), target: None, loaded: None, pending_files: 0 }, None);
+        tables.entry(table.clone()).or_insert_with(unknown).0.pending_files += pending;
+    }
     Ok(tables.into_values().map(|(told, _)| told).collect())
 }
 
-/// Table and place of every sealed file.
+/// Table and place of every sealed file of the stream.
 fn sealed(config: &Config) -> Result<Vec<(String, Through)>> {
     let mut files = Vec::new();
-    for batch in archive::list(&config.archive.dir)? {
+    for batch in archive::list(&config.archive.dir)?.into_iter().filter(|batch| !batch.is_history()) {
         let place = |part| Through { bound: batch.last, part };
         files.extend(batch.files()?.into_iter().map(|file| (file.table, place(file.part))));
     }

@@ -1,5 +1,6 @@
 //! Tests against real servers; their addresses come from the environment that `dev/stack env` prints.
 
+mod backfill;
 mod board;
 mod compose;
 mod crash;

@@ -72,7 +72,8 @@ impl Stage {
         }
         let (url, faults) = (&config.external.url, super::FAULTS * 100.0);
         screen.say(&format!("outside    the simulator at {url}, {faults} % of its answers are faults"));
-        init::run(&self.world, &cli::Init { yes: true, with_tables: true, adopt_slot: false, failover: false }).await
+        let args = cli::Init { yes: true, with_tables: true, adopt_slot: false, failover: false, snapshot: false };
+        init::run(&self.world, &args).await
     }
 
     /// The database, made anew. A slot in use means that another demo runs.

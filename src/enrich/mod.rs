@@ -4,6 +4,7 @@
 mod adoption;
 mod cache;
 pub mod derive;
+mod moment;
 pub mod state;
 
 use std::path::Path;
@@ -19,6 +20,7 @@ use crate::value::{self, Converted};
 use adoption::Adoption;
 use cache::Cache;
 use derive::Derivation;
+pub use moment::Moment;
 use state::{BaseHeader, BaseWriter, ChangeLog, Entry, LookupChange, LookupTable};
 
 /// A log beyond this size is folded into a new base at the next start.
@@ -176,28 +178,10 @@ impl Enricher {
     /// # Errors
     /// [`crate::value::BadValue`] when a cell is not of its column's type.
     pub fn extend<'a>(&'a mut self, layout: &Layout, cells: &mut Cells<'a>, scratch: &'a mut Vec<u8>) -> Converted<()> {
-        if let Some(join) = &layout.plan.join {
-            let key = value::text(layout.columns[join.on].ty, cells[join.on], scratch)?;
-            let found = key.and_then(|key| self.caches[join.table].rows.get(key));
-            match found {
-                Some(_) => self.hits += 1,
-                None => self.misses += 1,
-            }
-            cells.extend(join.columns.iter().map(|at| match found.and_then(|row| row[*at].as_deref()) {
-                Some(text) => Cell::Text(text.as_bytes()),
-                None => Cell::Null,
-            }));
-        }
-        if !layout.plan.derive.is_empty() {
-            let quotients = derive::quotients(&layout.plan.derive, &layout.columns, cells)?;
-            scratch.clear();
-            let ends: smallvec::SmallVec<[Option<usize>; 4]> =
-                quotients.into_iter().map(|q| q.map(|q| q.write(scratch)).map(|()| scratch.len())).collect();
-            let mut start = 0;
-            for end in ends {
-                cells.push(end.map_or(Cell::Null, |end| Cell::Text(&scratch[start..end])));
-                start = end.unwrap_or(start);
-            }
+        match extend(&self.caches, layout, cells, scratch)? {
+            Some(true) => self.hits += 1,
+            Some(false) => self.misses += 1,
+            None => {}
         }
         Ok(())
     }
@@ -319,6 +303,38 @@ fn write_base(dir: &Path, header: BaseHeader, caches: &[Cache]) -> Result<()> {
         }
     }
     base.finish()
+}
+
+/// Appends lookup and derived columns to the source columns of a row. Says whether a lookup row was found, where one is
+/// looked for.
+fn extend<'a>(
+    caches: &'a [Cache],
+    layout: &Layout,
+    cells: &mut Cells<'a>,
+    scratch: &'a mut Vec<u8>,
+) -> Converted<Option<bool>> {
+    let mut hit = None;
+    if let Some(join) = &layout.plan.join {
+        let key = value::text(layout.columns[join.on].ty, cells[join.on], scratch)?;
+        let found = key.and_then(|key| caches[join.table].rows.get(key));
+        hit = Some(found.is_some());
+        cells.extend(join.columns.iter().map(|at| match found.and_then(|row| row[*at].as_deref()) {
+            Some(text) => Cell::Text(text.as_bytes()),
+            None => Cell::Null,
+        }));
+    }
+    if !layout.plan.derive.is_empty() {
+        let quotients = derive::quotients(&layout.plan.derive, &layout.columns, cells)?;
+        scratch.clear();
+        let ends: smallvec::SmallVec<[Option<usize>; 4]> =
+            quotients.into_iter().map(|q| q.map(|q| q.write(scratch)).map(|()| scratch.len())).collect();
+        let mut start = 0;
+        for end in ends {
+            cells.push(end.map_or(Cell::Null, |end| Cell::Text(&scratch[start..end])));
+            start = end.unwrap_or(start);
+        }
+    }
+    Ok(hit)
 }
 
 /// Plans the layout of a relation's events over these lookup tables, without their rows.

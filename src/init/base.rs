@@ -106,19 +106,36 @@ pub(super) async fn write(
     }
     let mut out = BaseWriter::create(dir, &header)?;
     let mut count = 0;
+    read(client, lookups, |number, key, values| {
+        count += 1;
+        out.row(number, key, values)
+    })
+    .await?;
+    client.batch_execute("COMMIT").await.map_err(failed)?;
+    out.finish()?;
+    Ok(count)
+}
+
+/// Hands every lookup row that the session's transaction sees to `each`: number of the table, key, joined values.
+///
+/// # Errors
+/// [`Error::Refused`] for want of SELECT; [`Error::Unreachable`]; what `each` gives.
+pub async fn read(
+    client: &Client,
+    lookups: &[Lookup],
+    mut each: impl FnMut(usize, &str, &[Option<&str>]) -> Result<()>,
+) -> Result<()> {
+    let failed = |e: tokio_postgres::Error| sql_error("reading the lookup rows", &e);
     for (number, lookup) in lookups.iter().enumerate() {
         let none: [&str; 0] = [];
         let rows = client.query_raw(&select(lookup), none).await.map_err(failed)?;
         let mut rows = std::pin::pin!(rows);
         while let Some(row) = rows.try_next().await.map_err(failed)? {
             let values: Vec<Option<&str>> = (1..row.len()).map(|i| row.get(i)).collect();
-            out.row(number, row.get(0), &values)?;
-            count += 1;
+            each(number, row.get(0), &values)?;
         }
     }
-    client.batch_execute("COMMIT").await.map_err(failed)?;
-    out.finish()?;
-    Ok(count)
+    Ok(())
 }
 
 /// The snapshot of the open transaction.

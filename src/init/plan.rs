@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
 
 use tokio_postgres::Client;
 use tracing::info;
 
 use super::base::{self, Lookup};
+use crate::backfill::{self, Source, Speed, Wanted};
 use crate::check::peers::writable;
 use crate::check::postgres as require;
 use crate::check::role::{self, Role};
@@ -20,7 +20,8 @@ use crate::lsn::{Lsn, SlotIdentity};
 use crate::source::catalog::{self, Table};
 use crate::source::conn::{Conninfo, sql_error};
 use crate::source::slot;
-use crate::source::wire::{Wire, WireError, ident};
+use crate::source::snapshot::{self, Kind};
+use crate::source::wire::{Wire, ident};
 use crate::world::{World, print};
 
 /// The tables of the engagement schema.
@@ -28,6 +29,8 @@ const TABLES: &str = include_str!("../../sql/01_tables.sql");
 /// Their names, as `TABLES` makes them.
 const TABLE_NAMES: [&str; 2] = ["content", "engagement_events"];
 const APPLICATION: &str = "falaj init";
+/// How fast the rows of `--snapshot` are copied.
+const SPEED: Speed = Speed { jobs: backfill::JOBS, rate: None };
 
 /// The checkpoint topic holds one live record: compaction soon after a segment is full keeps reading it short.
 const CHECKPOINT: &[(&str, &str)] =
@@ -47,10 +50,30 @@ pub(super) struct Plan {
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
     Tables,
-    Publication { name: String, tables: Vec<String>, sql: String },
-    Topic { name: String, partitions: i32, settings: &'static [(&'static str, &'static str)] },
-    Slot { name: String, state: String, failover: bool },
-    Adopt { name: String, state: String, confirmed: Lsn },
+    Publication {
+        name: String,
+        tables: Vec<String>,
+        sql: String,
+    },
+    Topic {
+        name: String,
+        partitions: i32,
+        settings: &'static [(&'static str, &'static str)],
+    },
+    Slot {
+        name: String,
+        state: String,
+        failover: bool,
+    },
+    /// Rows to be copied; with `Slot` before it, from that slot's snapshot.
+    Snapshot {
+        tables: Vec<String>,
+    },
+    Adopt {
+        name: String,
+        state: String,
+        confirmed: Lsn,
+    },
 }
 
 impl Plan {
@@ -70,10 +93,13 @@ impl Plan {
         let made = if args.with_tables { plan.plan_tables().await? } else { Vec::new() };
         let published = plan.plan_publication(config, &made).await?;
         if config.produce.sinks.contains(&SinkName::Kafka) {
-            plan.plan_topics(world, &config.sources(published)?).await?;
+            plan.plan_topics(world, &config.sources(published.clone())?).await?;
         }
         plan.plan_slot(config, args).await?;
         plan.refuse_writes_on_a_standby()?;
+        if args.snapshot {
+            plan.plan_snapshot(world, &published)?;
+        }
         Ok(plan)
     }
 
@@ -84,9 +110,37 @@ impl Plan {
 
     /// Carries every step out, in order: the slot comes last, so that nothing holds WAL back before all else is there.
     pub(super) async fn carry_out(&self, world: &World) -> Result<()> {
+        let mut snapshot = None;
         for step in &self.steps {
-            self.carry_out_step(world, step).await?;
+            if let Step::Snapshot { tables } = step {
+                backfill::copy(world, &wanted(tables), SPEED, snapshot.take()).await?;
+                continue;
+            }
+            snapshot = self.carry_out_step(world, step).await?;
             print(&format!("  made {}\n", step.noun()))?;
+        }
+        Ok(())
+    }
+
+    /// Plans the copy of what is there already. It belongs to the slot's beginning: for a slot that exists, only a copy that
+    /// was begun with it is gone on with.
+    fn plan_snapshot(&mut self, world: &World, published: &[String]) -> Result<()> {
+        if self.steps.iter().any(|step| matches!(step, Step::Slot { .. })) {
+            self.steps.push(Step::Snapshot { tables: published.to_vec() });
+            return Ok(());
+        }
+        let (tables, unknown) = backfill::unfinished(world, published)?;
+        if let Some(table) = unknown.first() {
+            return Err(Error::refused(
+                "snapshot",
+                format!("the slot exists already, and nothing is known of a copy of {}", list(&unknown)),
+                "a slot that init --snapshot makes itself: its snapshot is there only at that moment",
+                format!("falaj backfill {table}, for each of them: it copies them as they are now, beside the stream"),
+            ));
+        }
+        match tables.is_empty() {
+            true => self.present.push(format!("a copy of the rows of {}", list(published))),
+            false => self.steps.push(Step::Snapshot { tables }),
         }
         Ok(())
     }
@@ -200,40 +254,63 @@ impl Plan {
         Ok(())
     }
 
-    async fn carry_out_step(&self, world: &World, step: &Step) -> Result<()> {
+    /// Gives the new slot's snapshot, where there is one and it is needed.
+    async fn carry_out_step(&self, world: &World, step: &Step) -> Result<Option<Source>> {
         let config = &world.config;
         match step {
             Step::Tables => {
-                self.client.batch_execute(TABLES).await.map_err(|e| refused_sql("tables", "sql/01_tables.sql", &e))
+                self.client.batch_execute(TABLES).await.map_err(|e| refused_sql("tables", "sql/01_tables.sql", &e))?;
             }
             Step::Publication { sql, .. } => {
-                self.client.batch_execute(sql).await.map_err(|e| refused_sql("publication", sql, &e))
+                self.client.batch_execute(sql).await.map_err(|e| refused_sql("publication", sql, &e))?;
             }
             Step::Topic { name, partitions, settings } => {
-                kafka::create_topic(&config.kafka, name, *partitions, settings).await
+                kafka::create_topic(&config.kafka, name, *partitions, settings).await?;
             }
-            Step::Slot { failover, .. } => self.create_slot(world, *failover).await,
-            Step::Adopt { confirmed, .. } => self.adopt_slot(config, *confirmed).await,
+            Step::Slot { failover, .. } => return self.create_slot(world, *failover).await,
+            Step::Adopt { confirmed, .. } => self.adopt_slot(config, *confirmed).await?,
+            Step::Snapshot { .. } => {}
         }
+        Ok(None)
     }
 
     /// Creates the slot and writes the lookup rows from its snapshot. A slot whose rows cannot be written is dropped again.
-    async fn create_slot(&self, world: &World, failover: bool) -> Result<()> {
+    async fn create_slot(&self, world: &World, failover: bool) -> Result<Option<Source>> {
         let config = &world.config;
+        let copied = self.steps.iter().find_map(|step| match step {
+            Step::Snapshot { tables } => Some(wanted(tables)),
+            _ => None,
+        });
         let slot = &config.postgres.slot;
         // Looked up before the slot exists, so that a refusal leaves nothing behind.
         let lookups = self.lookups(config).await?;
+        let reader = match &copied {
+            Some(copied) => Some(backfill::begin(world, &self.conninfo, copied).await?),
+            None => None,
+        };
         let mut wire = Wire::connect(&self.conninfo, APPLICATION).await?;
         let (at, snapshot) = tokio::select! {
-            made = new_slot(&mut wire, slot, failover) => made?,
-            never = said_waiting(self.role) => match never {},
+            made = snapshot::new_slot(&mut wire, slot, if failover { Kind::Failover } else { Kind::Permanent }) => made?,
+            never = snapshot::said_waiting(matches!(self.role, Role::Standby { .. })) => match never {},
             () = world.stop.cancelled() => return Err(Error::Fatal("shut down; no slot was made".into())),
         };
+        let mut source = reader.map(|client| Source::new(&self.conninfo, client, at, &snapshot, &self.identity));
+        let write = async {
+            if let (Some(source), Some(copied)) = (&source, &copied) {
+                backfill::prepare(world, source, copied, SPEED.jobs).await?;
+            }
+            self.write_base(config, Some(&snapshot), at, &lookups).await
+        };
         let written = tokio::select! {
-            written = self.write_base(config, Some(&snapshot), at, &lookups) => written,
+            written = write => written,
             () = world.stop.cancelled() => Err(Error::Fatal("shut down while writing the lookup rows".into())),
         };
-        let Err(error) = written else { return Ok(()) };
+        let Err(error) = written else {
+            if let Some(source) = &mut source {
+                source.hold(wire);
+            }
+            return Ok(source);
+        };
         match wire.query(&format!("DROP_REPLICATION_SLOT {}", ident(slot))).await {
             Ok(_) => {
                 tracing::error!("the lookup rows could not be written; the slot \"{slot}\" just made was dropped again")
@@ -307,6 +384,7 @@ impl Step {
                 let kind = if *failover { "failover slot" } else { "slot" };
                 format!("{kind} \"{name}\", with the lookup rows in {state}")
             }
+            Self::Snapshot { tables } => format!("a copy of the rows of {}", list(tables)),
             Self::Adopt { state, .. } => format!("lookup rows in {state}"),
         }
     }
@@ -322,6 +400,7 @@ impl fmt::Display for Step {
                 if settings.is_empty() { Ok(()) } else { write!(f, ", compacted") }
             }
             Self::Slot { .. } => write!(f, "{}, as of where it begins", self.noun()),
+            Self::Snapshot { .. } => write!(f, "{}, as op r", self.noun()),
             Self::Adopt { name, state, confirmed } => write!(
                 f,
                 "adopt slot \"{name}\" at {confirmed}: lookup rows of now in {state}; \
@@ -343,6 +422,10 @@ fn configured(config: &Config) -> Vec<String> {
     names
 }
 
+fn wanted(tables: &[String]) -> Vec<Wanted> {
+    tables.iter().map(|table| Wanted { table: table.clone(), filter: None }).collect()
+}
+
 fn list(names: &[String]) -> String {
     if names.is_empty() { "no table".to_owned() } else { names.join(", ") }
 }
@@ -351,47 +434,6 @@ async fn topics(config: &std::sync::Arc<Config>) -> Result<BTreeMap<String, usiz
     let config = config.clone();
     let read = move || kafka::topics(&config.kafka, kafka::TIMEOUT);
     tokio::task::spawn_blocking(read).await.map_err(|e| Error::fatal("reading the topics", e))?
-}
-
-/// Creates the slot. Gives its consistent point and the snapshot's name, which holds until the next command.
-async fn new_slot(wire: &mut Wire, slot: &str, failover: bool) -> Result<(Lsn, String)> {
-    // The older spelling of SNAPSHOT 'export': Postgres 14 knows no other, and no FAILOVER either.
-    let options = if failover { "(SNAPSHOT 'export', FAILOVER)" } else { "EXPORT_SNAPSHOT" };
-    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput {options}", ident(slot));
-    let rows = wire.query(&command).await.map_err(|e| match e {
-        WireError::Server(e) if e.code == "42710" => Error::refused(
-            "slot",
-            e.to_string(),
-            "a name that no other slot has",
-            "run falaj init again, or choose another postgres.slot",
-        ),
-        other => other.into_error("CREATE_REPLICATION_SLOT"),
-    })?;
-    match rows.into_iter().next().map(Vec::into_iter).map(Iterator::flatten).map(Iterator::collect::<Vec<_>>).as_deref()
-    {
-        Some([_, at, snapshot, _]) => match at.parse() {
-            Ok(at) => Ok((at, snapshot.clone())),
-            Err(e) => Err(Error::fatal("CREATE_REPLICATION_SLOT", e)),
-        },
-        other => Err(Error::fatal("CREATE_REPLICATION_SLOT", format_args!("the answer {other:?}"))),
-    }
-}
-
-/// Postgres makes a slot only once every running transaction has ended; says so when that takes long. Never ends.
-async fn said_waiting(role: Role) -> std::convert::Infallible {
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    match role {
-        Role::Primary => {
-            info!(
-                "waiting for running transactions to end: a slot begins between them (see pg_stat_activity.xact_start)"
-            )
-        }
-        Role::Standby { .. } => info!(
-            "waiting for the primary to say which transactions run, as it does at a checkpoint; at once: SELECT \
-             pg_log_standby_snapshot() on the primary"
-        ),
-    }
-    std::future::pending().await
 }
 
 fn no_failover(slot: &str) -> Error {

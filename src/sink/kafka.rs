@@ -5,6 +5,7 @@
 
 mod commit;
 pub mod copy;
+mod history;
 mod limit;
 mod position;
 mod reports;
@@ -16,7 +17,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use async_trait::async_trait;
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::Producer;
+use rdkafka::producer::{BaseProducer, Producer};
 use tracing::warn;
 
 use super::worker::Worker;
@@ -30,10 +31,12 @@ use crate::kafka;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
 use crate::source::conn::Conninfo;
 use crate::value::Converted;
-use commit::{Committer, Piece, Record, Records, producer};
+use commit::{Committer, Piece, Progress, Record, Records, producer};
+pub use history::{Fenced, fence, open_history, read_history};
 pub use limit::require_room;
 use limit::{Limit, write_note};
-use position::{read_position, require, require_table};
+use position::{progress, read_position, require, require_table};
+use reports::Reports;
 
 /// What is buffered is handed to the producing thread in pieces of about this size.
 const PIECE: usize = 256 << 10;
@@ -77,9 +80,8 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String
     require_room(&config, &known.iter().cloned().collect::<Vec<_>>()).await?;
     // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
-    let (give_back, spent) = channel();
-    let committer = Committer::new(producer, &config, identity.clone(), give_back);
-    let sink = Box::new(KafkaSink::start(config, committer, spent, start, known)?);
+    let progress = progress(identity.clone(), identity.slot.clone(), None);
+    let sink = Box::new(KafkaSink::start(config, producer, progress, start, known)?);
     Ok(Opened { sink, position: position.map(Stored) })
 }
 
@@ -172,10 +174,11 @@ fn index(layout: &Layout) -> usize {
 }
 
 impl KafkaSink {
+    /// Starts the producing thread. `known` are the topics that are there.
     fn start(
         config: Arc<Config>,
-        committer: Committer,
-        spent: Receiver<Records>,
+        producer: BaseProducer<Reports>,
+        progress: Progress,
         start: Checkpoint,
         known: BTreeSet<String>,
     ) -> Result<Self> {
@@ -186,6 +189,8 @@ impl KafkaSink {
                 Some(Envelope::new(&config.pipeline, Conninfo::parse(&config.postgres.url)?.dbname()))
             }
         };
+        let (give_back, spent) = channel();
+        let committer = Committer::new(producer, &config, progress, give_back);
         let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
         let (topics, records) = (Arc::new(vec![config.dead_letter_topic()]), Records::default());
         Ok(Self { config, worker, start, topics, known, records, spent, limit, envelope })

@@ -3,9 +3,11 @@
 //! Listing the archive is the position. A directory does not fence a zombie as Kafka does, so each owner writes in a
 //! work directory of its own and removes everybody else's before it reads the position: a zombie's next rename fails.
 
+mod history;
 mod position;
 mod writer;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,8 +23,9 @@ use crate::enrich::state::require_header;
 use crate::error::{Error, Result};
 use crate::event::{Event, Layout};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
+pub use history::{fence, open_history, read_history};
 use position::{not_writable, position, take_over};
-use writer::{Began, Encoded, Todo, Writer};
+use writer::{Began, Encoded, Progress, Todo, Writer};
 
 /// Rows handed to the encoder at once; a fixed number, so that the same range gives the same pages.
 const ROWS: usize = 1024;
@@ -56,20 +59,15 @@ struct Open {
 /// [`Error::Refused`] for a directory that is not writable or holds another stream; [`Error::Fatal`] from the disk.
 pub fn open(config: &Config, identity: &SlotIdentity) -> Result<Opened> {
     let dir = config.archive.dir.clone();
-    let work = take_over(&dir).map_err(|e| not_writable(&dir, &e))?;
+    let work = take_over(&dir, archive::WORK_PREFIX).map_err(|e| not_writable(&dir, &e))?;
     let position = position(config, identity)?;
-    let encoded = Encoded::default();
     let began = match archive::list(&dir)?.into_iter().rfind(Batch::is_streamed) {
         Some(batch) => Began::After(batch.last),
         None => Began::At(require_header(&config.state.dir)?.origin),
     };
-    let writer = Writer::new(dir, work, config.pipeline.clone(), identity.clone(), began, encoded.clone());
     // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));
-    let worker = Worker::spawn("archive", config.produce.queue_bytes.0, start, move |orders| writer.run(&orders))?;
-    let (seal_bytes, seal_after) = (config.archive.seal_bytes.0, config.archive.seal_after.0);
-    let (batch, tables, full, open) = Default::default();
-    let sink = Box::new(ParquetSink { worker, start, seal_bytes, seal_after, encoded, batch, tables, full, open });
+    let sink = Box::new(ParquetSink::start(config, work, identity, Progress::Stream(began), start)?);
     Ok(Opened { sink, position: position.map(Stored) })
 }
 
@@ -168,6 +166,22 @@ impl Sink for ParquetSink {
 }
 
 impl ParquetSink {
+    /// Starts the encoding thread.
+    fn start(
+        config: &Config,
+        work: PathBuf,
+        identity: &SlotIdentity,
+        progress: Progress,
+        start: Checkpoint,
+    ) -> Result<Self> {
+        let encoded = Encoded::default();
+        let writer = Writer::new(config, work, identity.clone(), progress, encoded.clone());
+        let worker = Worker::spawn("archive", config.produce.queue_bytes.0, start, move |orders| writer.run(&orders))?;
+        let (seal_bytes, seal_after) = (config.archive.seal_bytes.0, config.archive.seal_after.0);
+        let (batch, tables, full, open) = Default::default();
+        Ok(Self { worker, start, seal_bytes, seal_after, encoded, batch, tables, full, open })
+    }
+
     async fn hand_over(&mut self) -> Result<()> {
         for (layout, batch) in std::mem::take(&mut self.full) {
             let bytes = batch.get_array_memory_size();

@@ -212,13 +212,14 @@ impl BigQuery {
         self.query(format!("ALTER TABLE `{table}` ALTER COLUMN `{column}` DROP NOT NULL")).await.map(|_| ())
     }
 
-    /// The highest position among a table's rows; `None` when it has none.
+    /// The highest position among the rows that the stream has brought; `None` when there are none.
     ///
     /// # Errors
     /// As [`BigQuery::job`].
     pub async fn highest(&self, table_id: &str) -> Result<Option<Position>> {
         let sql = format!(
-            "SELECT _commit_lsn, _ordinal FROM `{}.{}.{table_id}` ORDER BY _commit_lsn DESC, _ordinal DESC LIMIT 1",
+            "SELECT _commit_lsn, _ordinal FROM `{}.{}.{table_id}` WHERE _op <> 'r' \
+             ORDER BY _commit_lsn DESC, _ordinal DESC LIMIT 1",
             self.project, self.dataset
         );
         let Some(row) = self.query(sql).await?.into_iter().next() else { return Ok(None) };
@@ -227,6 +228,19 @@ impl BigQuery {
             (Some(lsn), Some(ordinal)) => Ok(Some(Position { commit_lsn: Lsn(lsn), ordinal })),
             _ => Err(Error::fatal(format_args!("reading the highest position of {table_id}"), "a row without one")),
         }
+    }
+
+    /// Whether a table has copied rows with positions from `first` to `last`.
+    ///
+    /// # Errors
+    /// As [`BigQuery::job`].
+    pub async fn has_history(&self, table_id: &str, first: Position, last: Position) -> Result<bool> {
+        let sql = format!(
+            "SELECT _ordinal FROM `{}.{}.{table_id}` WHERE _op = 'r' AND _commit_lsn = {} \
+             AND _ordinal BETWEEN {} AND {} LIMIT 1",
+            self.project, self.dataset, first.commit_lsn.0, first.ordinal, last.ordinal
+        );
+        Ok(!self.query(sql).await?.is_empty())
     }
 
     /// Rows of a query whose result fits one answer.

@@ -79,9 +79,7 @@ impl Chain<'_> {
     pub fn job_id(&self, after: Option<Position>, generation: u32) -> String {
         let place = after.map_or("start".to_owned(), label);
         let full = hash(&json!([self.owner, self.service.dataset, self.table_id, place]).to_string());
-        let name: String =
-            self.name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' }).collect();
-        let name: String = name.chars().take(ID_CHARS).collect();
+        let name = self.readable();
         match generation {
             0 => format!("falaj-{name}-{place}-{}", &full[..24]),
             n => format!("falaj-{name}-{place}-{}-g{n}", &full[..24]),
@@ -136,6 +134,51 @@ impl Chain<'_> {
                 }
             }
         }
+    }
+
+    /// Id of a generation of the job that loads one file of history, and nothing else: it follows no position.
+    fn history_id(&self, file: &str, first: Position, generation: u32) -> String {
+        let full = hash(&json!([self.owner, self.service.dataset, self.table_id, "history", file]).to_string());
+        let (name, place) = (self.readable(), label(first));
+        match generation {
+            0 => format!("falaj-{name}-r-{place}-{}", &full[..24]),
+            n => format!("falaj-{name}-r-{place}-{}-g{n}", &full[..24]),
+        }
+    }
+
+    /// Loads one file of history, unless a job has done so before.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] after three failed jobs, with BigQuery's reason; else as every request of the service.
+    pub async fn load_history(&self, file: &str, load: &Load, fields: &[TableFieldSchema]) -> Result<Followed> {
+        let (mut delays, mut generation, mut failed) = (backoff(), 0, 0);
+        loop {
+            let id = self.history_id(file, load.first, generation);
+            let (settled, is_new) = match self.settled(&id, None).await? {
+                Some(settled) => (settled, false),
+                None => (self.submit(&id, load, fields).await?, true),
+            };
+            let failure = match settled {
+                Ok(job) => return Ok(Followed { to: load.last, rows: output_rows(&job), id }),
+                Err(failure) => failure,
+            };
+            generation += 1;
+            if is_new {
+                failed += 1;
+                metrics::counter!("falaj_upload_jobs_failed_total", "table" => self.table_id.clone()).increment(1);
+                warn!(%id, "the load job has failed and loaded nothing: {}", said(&failure));
+                if failed == ATTEMPTS {
+                    return Err(Error::fatal(format_args!("loading {}: job {id}", self.name), said(&failure)));
+                }
+                self.world.pause(delays.next().unwrap_or(Duration::from_secs(5))).await?;
+            }
+        }
+    }
+
+    /// The part of a job's id that is for people.
+    fn readable(&self) -> String {
+        let name = self.name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' });
+        name.take(ID_CHARS).collect()
     }
 
     /// Sends one job until it is settled, over lost answers: the same id cannot load twice.
@@ -203,9 +246,8 @@ impl Chain<'_> {
             Some(to) => Some(to),
             None => self.world.for_ever(CHECK, || self.service.highest(&self.table_id)).await?,
         };
-        let rows = job.statistics.as_ref().and_then(|s| s.load.as_ref()).and_then(|l| l.output_rows.as_deref());
         match to.filter(|&to| Some(to) > after) {
-            Some(to) => Ok(Followed { to, id, rows: rows.and_then(|r| r.parse().ok()) }),
+            Some(to) => Ok(Followed { to, id, rows: output_rows(job) }),
             None => Err(Error::refused(
                 "bigquery_job",
                 format!("job {id} is done, but neither its label nor table {} says how far it loaded", self.table_id),
@@ -218,6 +260,12 @@ impl Chain<'_> {
 
 /// A job's end: done, or failed with nothing loaded.
 type Settled = Result<Box<Job>, ErrorProto>;
+
+/// Rows that a job has loaded, where the service says so.
+fn output_rows(job: &Job) -> Option<u64> {
+    let rows = job.statistics.as_ref()?.load.as_ref()?.output_rows.as_deref()?;
+    rows.parse().ok()
+}
 
 fn said(failure: &ErrorProto) -> String {
     let text = |part: &Option<String>| part.clone().unwrap_or_default();

@@ -22,6 +22,7 @@ pub mod chain;
 pub mod columns;
 pub mod copy;
 pub mod files;
+pub mod history;
 pub mod media;
 pub mod record;
 pub mod table;
@@ -39,6 +40,15 @@ const CHECK: &str = "upload";
 
 /// A table's files, oldest first, each with the batch that it is in.
 pub type TableFiles = Vec<(Batch, DataFile)>;
+
+/// What is sealed of one table.
+#[derive(Default)]
+pub struct Sealed {
+    /// What the stream has brought.
+    pub stream: TableFiles,
+    /// What backfills have copied.
+    pub history: TableFiles,
+}
 
 /// Loads what is sealed: once, or until the shutdown.
 ///
@@ -72,6 +82,25 @@ pub async fn progress(world: &World) -> Result<Vec<Record>> {
     };
     let target = BigQuery::new(&world.config.bigquery, project).await?.target();
     Records::open(&world.config.archive.dir, &target)?.all()
+}
+
+/// How many files of history are not loaded, by table. For `status`.
+///
+/// # Errors
+/// As [`progress`].
+pub async fn pending_history(world: &World) -> Result<BTreeMap<String, usize>> {
+    let Some(project) = world.config.bigquery.project.as_deref().filter(|p| !p.is_empty()) else {
+        return Ok(BTreeMap::new());
+    };
+    let target = BigQuery::new(&world.config.bigquery, project).await?.target();
+    let records = Records::open(&world.config.archive.dir, &target)?;
+    let mut pending = BTreeMap::new();
+    for (table, Sealed { history, .. }) in sealed(&world.config.archive.dir)? {
+        let loaded = records.history(&table);
+        let left = history.iter().filter(|(batch, file)| !loaded.has(batch, file)).count();
+        pending.insert(table, left);
+    }
+    Ok(pending)
 }
 
 async fn work(world: &World, args: &cli::Upload, project: &str) -> Result<()> {
@@ -127,8 +156,8 @@ async fn round(
     }
     // Made ahead: a stream that maps by itself could not be moved between threads.
     let mut turns = Vec::with_capacity(tables.len());
-    for (table, files) in &tables {
-        let load = TableLoad { world, service, records, table, files, once, copy: None };
+    for (table, Sealed { stream: files, history }) in &tables {
+        let load = TableLoad { world, service, records, table, files, history, once, copy: None };
         let id = ids[table]
             .clone()
             .map_err(|why| Error::refused("bigquery_table", why, "a name of its own in BigQuery", RENAME));
@@ -164,18 +193,24 @@ const RENAME: &str = "rename the table in Postgres, or leave it out of the publi
 ///
 /// A listing that runs while batches are sealed may miss one and show a later one. What a first listing shows was sealed
 /// after all that is older, so a second one is whole up to there.
-fn sealed(dir: &Path) -> Result<BTreeMap<String, TableFiles>> {
+fn sealed(dir: &Path) -> Result<BTreeMap<String, Sealed>> {
     'list: loop {
-        let Some(newest) = archive::list(dir)?.pop() else { return Ok(BTreeMap::new()) };
-        let mut tables: BTreeMap<String, TableFiles> = BTreeMap::new();
-        for batch in archive::list(dir)?.into_iter().filter(|b| b.last <= newest.last) {
+        let newest = archive::list(dir)?.into_iter().rev().find(|batch| !batch.is_history()).map(|batch| batch.last);
+        let mut tables: BTreeMap<String, Sealed> = BTreeMap::new();
+        for batch in archive::list(dir)? {
+            let is_history = batch.is_history();
+            if !is_history && Some(batch.last) > newest {
+                continue;
+            }
             let files = match batch.files() {
                 // Retention has removed it since: the next listing does not show it.
                 Err(_) if !batch.path.exists() => continue 'list,
                 files => files?,
             };
             for file in files {
-                tables.entry(file.table.clone()).or_default().push((batch.clone(), file));
+                let Sealed { stream, history } = tables.entry(file.table.clone()).or_default();
+                let files = if is_history { history } else { stream };
+                files.push((batch.clone(), file));
             }
         }
         return Ok(tables);

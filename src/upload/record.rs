@@ -7,16 +7,20 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tracing::warn;
 
+use super::history::History;
 use crate::archive;
 use crate::error::{Error, Result};
 use crate::lsn::Position;
 
 /// Directory of the records, inside the archive.
 const DIR: &str = ".upload";
+/// Extension of the record of a table's history: not that of the records themselves.
+const HISTORY: &str = "history";
 /// Longest readable part of a file name.
 const NAME_CHARS: usize = 100;
 /// The longest pause after failed jobs, in intervals: failed ones count towards the service's 1,500 a day.
@@ -61,11 +65,15 @@ impl Record {
 
     /// How long the next job has to wait, when there is to be `every` between two of them, and more after failures.
     pub fn wait(&self, every: Duration) -> Duration {
-        let every = every * (1 + self.generation).min(MOST_INTERVALS);
-        let due = SystemTime::UNIX_EPOCH + Duration::from_secs(self.sent_at) + every;
-        // A clock that was set back must not stop loading for longer than the interval.
-        due.duration_since(SystemTime::now()).unwrap_or(Duration::ZERO).min(every)
+        wait(self.sent_at, every * (1 + self.generation).min(MOST_INTERVALS))
     }
+}
+
+/// How long is left of `every` since `sent_at`.
+pub(super) fn wait(sent_at: u64, every: Duration) -> Duration {
+    let due = SystemTime::UNIX_EPOCH + Duration::from_secs(sent_at) + every;
+    // A clock that was set back must not stop loading for longer than the interval.
+    due.duration_since(SystemTime::now()).unwrap_or(Duration::ZERO).min(every)
 }
 
 /// Where the records of one target are.
@@ -113,6 +121,11 @@ impl Records {
         }
     }
 
+    /// What of a table's history is loaded. Blocking.
+    pub fn history(&self, table: &str) -> History {
+        read(&beside(&self.dir.join(short_name(table)), HISTORY)).unwrap_or_default()
+    }
+
     /// All records that can be read, by table. Blocking.
     ///
     /// # Errors
@@ -123,7 +136,7 @@ impl Records {
         for entry in std::fs::read_dir(&self.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             if path.extension().is_some_and(|e| e == "json") {
-                records.extend(read(&path));
+                records.extend(read::<Record>(&path));
             }
         }
         records.sort_by(|a: &Record, b| a.table.cmp(&b.table));
@@ -142,13 +155,29 @@ impl Turn {
     /// # Errors
     /// [`Error::Fatal`] when it cannot be written.
     pub fn write(&self, record: &Record) -> Result<()> {
-        let path = self.record();
-        let temporary = beside(&path, "tmp");
+        self.store(&self.record(), record)
+    }
+
+    /// What of the table's history is loaded; `None` when that record is lost or torn. Blocking.
+    pub fn read_history(&self) -> Option<History> {
+        read(&beside(&self.path, HISTORY))
+    }
+
+    /// Stores what is loaded of the table's history, as [`Turn::write`] does. Blocking.
+    ///
+    /// # Errors
+    /// As [`Turn::write`].
+    pub fn write_history(&self, history: &History) -> Result<()> {
+        self.store(&beside(&self.path, HISTORY), history)
+    }
+
+    fn store(&self, path: &Path, record: &impl Serialize) -> Result<()> {
+        let temporary = beside(path, "tmp");
         let write = || {
             let mut file = File::create(&temporary)?;
             file.write_all(&serde_json::to_vec_pretty(record)?)?;
             file.sync_all()?;
-            std::fs::rename(&temporary, &path)?;
+            std::fs::rename(&temporary, path)?;
             File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
         };
         write().map_err(|e: std::io::Error| Error::fatal(format_args!("writing {}", path.display()), e))
@@ -171,7 +200,7 @@ fn beside(path: &Path, extension: &str) -> PathBuf {
     name.into()
 }
 
-fn read(path: &Path) -> Option<Record> {
+fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
     let text = match std::fs::read(path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return None,
@@ -186,7 +215,7 @@ fn read(path: &Path) -> Option<Record> {
 }
 
 /// A readable file name that is one-to-one and never too long.
-fn short_name(text: &str) -> String {
+pub(crate) fn short_name(text: &str) -> String {
     let readable: String = archive::encode_name(text).chars().take(NAME_CHARS).collect();
     format!("{readable}-{}", &hash(text)[..12])
 }

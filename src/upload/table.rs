@@ -54,8 +54,10 @@ pub struct TableLoad<'a> {
     pub records: &'a Records,
     /// Table name, as in the archive.
     pub table: &'a str,
-    /// All its sealed files, oldest first.
+    /// All its sealed files that the stream has brought, oldest first.
     pub files: &'a TableFiles,
+    /// All its sealed files that backfills have copied.
+    pub history: &'a TableFiles,
     /// Load everything now, rather than a job every `load_every`.
     pub once: bool,
     /// A replay into a table of its own; `None` for the stream's.
@@ -76,27 +78,41 @@ impl TableLoad<'_> {
     /// [`Error::Fatal`] naming the file or the job that failed; [`Error::Refused`] where BigQuery or its table says no.
     pub async fn run(&self, table_id: &str) -> Result<Outcome> {
         let Some(turn) = self.take().await? else { return Ok(Outcome::default()) };
+        let stream = self.run_stream(&turn, table_id).await?;
+        if self.copy.is_some() {
+            return Ok(stream);
+        }
+        let history = self.run_history(&turn, table_id).await?;
+        Ok(Outcome { jobs: stream.jobs + history.jobs, rows: stream.rows + history.rows })
+    }
+
+    async fn run_stream(&self, turn: &Turn, table_id: &str) -> Result<Outcome> {
         let found = match self.copy {
-            None => self.find_new(&turn)?,
-            Some(part) => super::copy::begin(self, &turn, table_id, part).await?,
+            None => self.find_new(turn)?,
+            Some(part) => super::copy::begin(self, turn, table_id, part).await?,
         };
         let Some((mut record, known, oldest)) = found else { return Ok(Outcome::default()) };
         if !self.once && !record.wait(self.world.config.bigquery.load_every.0).is_zero() {
             return Ok(Outcome::default());
         }
-        let chain = Chain {
-            world: self.world,
-            service: self.service,
-            name: format!("{}-{}", oldest.origin.pipeline, self.table),
-            owner: record.owner.clone(),
-            table_id: table_id.to_owned(),
-        };
+        let chain = self.chain(&oldest, table_id);
         if !known || record.open {
             self.ensure_table(&chain, &oldest).await?;
             recover(&chain, &mut record).await?;
             turn.write(&record)?;
         }
-        self.load(&chain, &turn, &mut record).await
+        self.load(&chain, turn, &mut record).await
+    }
+
+    /// The jobs of the stream that a file is of.
+    pub(super) fn chain(&self, source: &Source, table_id: &str) -> Chain<'_> {
+        Chain {
+            world: self.world,
+            service: self.service,
+            name: format!("{}-{}", source.origin.pipeline, self.table),
+            owner: chain::owner(&source.origin, self.table),
+            table_id: table_id.to_owned(),
+        }
     }
 
     /// The lock; with `once` the table is waited for, because it is to be loaded when this ends.
@@ -149,7 +165,7 @@ impl TableLoad<'_> {
             let key: Vec<_> = key.iter().cloned().zip(names).collect();
             let through = group.through;
             let upto = self.copy.map_or(Lsn(u64::MAX), |part| part.to);
-            let load = prepare(group, record.loaded, upto, fields.clone(), turn.scratch()).await?;
+            let load = prepare(group.sources, record.loaded, upto, fields.clone(), turn.scratch()).await?;
             let end = load.as_ref().map(|load| load.last);
             if let Some(load) = load {
                 outcome.rows += job(chain, turn, record, &load, &fields).await?;
@@ -171,7 +187,7 @@ impl TableLoad<'_> {
     }
 
     /// Makes the table where it is absent. The columns of a job: those of the file, then those that only the table has.
-    async fn ensure_table(&self, chain: &Chain<'_>, source: &Source) -> Result<Vec<TableFieldSchema>> {
+    pub(super) async fn ensure_table(&self, chain: &Chain<'_>, source: &Source) -> Result<Vec<TableFieldSchema>> {
         let refused = |why: String, fix: String| {
             Error::refused(
                 "bigquery_table",
@@ -228,7 +244,7 @@ impl TableLoad<'_> {
     }
 
     /// A view that falaj has made follows the table's columns; one without its label is left as it is.
-    async fn ensure_view(
+    pub(super) async fn ensure_view(
         &self,
         chain: &Chain<'_>,
         key: &[(String, String)],
@@ -321,14 +337,14 @@ async fn recover(chain: &Chain<'_>, record: &mut Record) -> Result<()> {
 }
 
 /// Reads and merges files off the runtime's threads.
-async fn prepare(
-    group: Group,
+pub(super) async fn prepare(
+    sources: Vec<Source>,
     after: Option<Position>,
     upto: Lsn,
     fields: Vec<TableFieldSchema>,
     scratch: PathBuf,
 ) -> Result<Option<Load>> {
-    let work = move || files::prepare(&group.sources, after, upto, &fields, &scratch);
+    let work = move || files::prepare(&sources, after, upto, &fields, &scratch);
     spawn_blocking(work).await.map_err(|e| Error::fatal("merging files", e))?
 }
 
@@ -359,11 +375,13 @@ async fn job(
         return Err(Error::fatal(format_args!("loading {}: job {}", chain.name, job.id), why));
     }
     told(chain, load, &job, begun);
+    let lsn = job.to.commit_lsn.0 as f64;
+    metrics::gauge!("falaj_upload_loaded_lsn", "table" => chain.table_id.clone()).set(lsn);
     Ok(job.rows.unwrap_or(load.rows))
 }
 
 /// The progress line, and the figures.
-fn told(chain: &Chain<'_>, load: &Load, job: &Followed, begun: Instant) {
+pub(super) fn told(chain: &Chain<'_>, load: &Load, job: &Followed, begun: Instant) {
     let (table, seconds) = (&chain.table_id, begun.elapsed().as_secs_f64());
     let rows = job.rows.unwrap_or(load.rows);
     let range = format_args!("{} – {}", load.first, job.to);
@@ -373,7 +391,6 @@ fn told(chain: &Chain<'_>, load: &Load, job: &Followed, begun: Instant) {
     metrics::counter!("falaj_upload_rows_total", &label()).increment(rows);
     metrics::counter!("falaj_upload_bytes_total", &label()).increment(load.bytes);
     metrics::histogram!("falaj_upload_job_seconds", &label()).record(seconds);
-    metrics::gauge!("falaj_upload_loaded_lsn", &label()).set(job.to.commit_lsn.0 as f64);
 }
 
 fn check_owner(chain: &Chain<'_>, table: &Table) -> Result<()> {

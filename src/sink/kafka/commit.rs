@@ -10,12 +10,11 @@ use rdkafka::message::OwnedHeaders;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
 use super::limit::queue_kbytes;
-use super::position::{CheckpointRecord, CopyOf};
 use super::reports::Reports;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
 use crate::kafka::{TIMEOUT, client_over, error};
-use crate::lsn::{Checkpoint, SlotIdentity};
+use crate::lsn::Checkpoint;
 use crate::sink::worker::{Next, Order, Orders};
 
 /// An open transaction with nothing more coming is closed after this long: a little company halves the broker's work.
@@ -68,14 +67,15 @@ pub(super) struct Record {
     pub(super) headers: Option<OwnedHeaders>,
 }
 
+/// Key and value of the record that says, within the transaction, how far its events reach.
+pub(super) type Progress = Box<dyn Fn(Checkpoint) -> Result<(String, Vec<u8>)> + Send>;
+
 /// The thread's side: owns the producer and the open Kafka transaction.
 pub(super) struct Committer {
     producer: BaseProducer<Reports>,
     config: config::Kafka,
     topic: String,
-    key: String,
-    identity: SlotIdentity,
-    copy: Option<CopyOf>,
+    progress: Progress,
     limit: usize,
     age: Duration,
     open: Option<Open>,
@@ -95,26 +95,19 @@ impl Committer {
     pub(super) fn new(
         producer: BaseProducer<Reports>,
         config: &Config,
-        identity: SlotIdentity,
+        progress: Progress,
         spent: Sender<Records>,
     ) -> Self {
         Self {
             producer,
             config: config.kafka.clone(),
             topic: config.checkpoint_topic(),
-            key: identity.slot.clone(),
-            identity,
-            copy: None,
+            progress,
             limit: config.produce.transaction_bytes.0,
             age: config.produce.transaction_age.0,
             open: None,
             spent,
         }
-    }
-
-    /// For a replay: its position stands under a key of its own.
-    pub(super) fn for_copy(self, key: String, copy: CopyOf) -> Self {
-        Self { key, copy: Some(copy), ..self }
     }
 
     pub(super) fn run(mut self, orders: &Orders<Piece>) -> Result<()> {
@@ -194,10 +187,8 @@ impl Committer {
 
     fn commit(&mut self, orders: &Orders<Piece>) -> Result<()> {
         let Some(Open { checkpoint, since, bytes, .. }) = self.open.take() else { return Ok(()) };
-        let Checkpoint { resume: end_lsn, partial: position } = checkpoint;
-        let record = CheckpointRecord { identity: self.identity.clone(), end_lsn, position, copy: self.copy.clone() };
-        let value = serde_json::to_vec(&record).map_err(|e| Error::fatal("writing a checkpoint", e))?;
-        self.send(BaseRecord::to(&self.topic).key(self.key.as_bytes()).payload(value.as_slice()).partition(0))?;
+        let (key, value) = (self.progress)(checkpoint)?;
+        self.send(BaseRecord::to(&self.topic).key(key.as_bytes()).payload(value.as_slice()).partition(0))?;
         self.drain();
         self.retrying(|p| p.commit_transaction(TIMEOUT))?;
         orders.durable(checkpoint);

@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use rdkafka::admin::AdminClient;
@@ -14,8 +13,8 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::Producer;
 
-use super::commit::{Committer, producer};
-use super::position::{CheckpointRecord, CopyOf, read_record, require};
+use super::commit::producer;
+use super::position::{CheckpointRecord, CopyOf, progress, read_record, require};
 use super::{KafkaSink, Opened, Stored};
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
@@ -70,9 +69,7 @@ pub async fn open(config: Arc<Config>, copy: &Copy) -> Result<Opened> {
     })
     .await?;
     let start = position.unwrap_or(Checkpoint::whole(from));
-    let (give_back, spent) = channel();
-    let committer = Committer::new(producer, &config, copy.identity.clone(), give_back).for_copy(key, of);
-    let mut sink = KafkaSink::start(config, committer, spent, start, topics)?;
+    let mut sink = KafkaSink::start(config, producer, progress(copy.identity.clone(), key, Some(of)), start, topics)?;
     if position.is_none() {
         // From now on these topics are known as the replay's, whatever becomes of its first transaction.
         sink.flush(start).await?;

@@ -9,6 +9,7 @@ use rdkafka::message::Message;
 use rdkafka::{Offset, TopicPartitionList};
 use serde::{Deserialize, Serialize};
 
+use super::commit::Progress;
 use crate::config::{Config, Kafka};
 use crate::error::{Error, Result};
 use crate::event::Layout;
@@ -43,6 +44,15 @@ impl CheckpointRecord {
     pub(super) fn checkpoint(&self) -> Checkpoint {
         Checkpoint { resume: self.end_lsn, partial: self.position }
     }
+}
+
+/// The record of a stream's position, or of a copy's, under its key.
+pub(super) fn progress(identity: SlotIdentity, key: String, copy: Option<CopyOf>) -> Progress {
+    Box::new(move |Checkpoint { resume: end_lsn, partial: position }| {
+        let record = CheckpointRecord { identity: identity.clone(), end_lsn, position, copy: copy.clone() };
+        let value = serde_json::to_vec(&record).map_err(|e| Error::fatal("writing a checkpoint", e))?;
+        Ok((key.clone(), value))
+    })
 }
 
 /// Topics are made by `init`, never by accident.
@@ -95,7 +105,7 @@ pub(super) fn read_record(config: &Config, identity: &SlotIdentity, key: &str) -
     Ok(record)
 }
 
-fn consumer(config: &Config) -> Result<BaseConsumer> {
+pub(super) fn consumer(config: &Config) -> Result<BaseConsumer> {
     let mut settings = client(&config.kafka);
     settings
         .set("group.id", format!("{}.checkpoint", config.pipeline))
@@ -135,24 +145,36 @@ fn last_record(
     identity: &SlotIdentity,
     key: &str,
 ) -> Result<Option<CheckpointRecord>> {
+    let mut found = None;
+    // The last record of a key is the one that counts; compaction may take those before it at any time.
+    scan(config, consumer, topic, from, |found_key, offset, value| {
+        if found_key == key.as_bytes() {
+            found = Some((offset, value.to_vec()));
+        }
+    })?;
+    found.map(|(offset, value): (i64, Vec<u8>)| parse_record(topic, offset, &value, identity)).transpose()
+}
+
+/// Hands key, offset and value of every committed record from `from` to the end to `each`.
+pub(super) fn scan(
+    config: &Config,
+    consumer: &BaseConsumer,
+    topic: &str,
+    from: i64,
+    mut each: impl FnMut(&[u8], i64, &[u8]),
+) -> Result<()> {
     let mut assignment = TopicPartitionList::new();
     let assigned = assignment.add_partition_offset(topic, 0, Offset::Offset(from));
     assigned.and_then(|()| consumer.assign(&assignment)).map_err(|e| error(&config.kafka, &e))?;
-    let mut found = None;
     let deadline = Instant::now() + TIMEOUT;
     while Instant::now() < deadline {
         match consumer.poll(Duration::from_millis(100)) {
             None => {}
-            // The last record of a key is the one that counts; compaction may take those before it at any time.
-            Some(Err(KafkaError::PartitionEOF(_))) => {
-                let parse = |(offset, value): (i64, Vec<u8>)| parse_record(topic, offset, &value, identity);
-                return found.map(parse).transpose();
-            }
+            Some(Err(KafkaError::PartitionEOF(_))) => return Ok(()),
             Some(Err(e)) => return Err(error(&config.kafka, &e)),
-            Some(Ok(message)) if message.key() == Some(key.as_bytes()) => {
-                found = Some((message.offset(), message.payload().unwrap_or_default().to_vec()));
+            Some(Ok(message)) => {
+                each(message.key().unwrap_or_default(), message.offset(), message.payload().unwrap_or_default());
             }
-            Some(Ok(_)) => {}
         }
     }
     Err(Error::unreachable(

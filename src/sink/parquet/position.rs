@@ -15,7 +15,8 @@ use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
 /// The later of the last batch and the idle position.
 pub(super) fn position(config: &Config, identity: &SlotIdentity) -> Result<Option<Checkpoint>> {
     let dir = &config.archive.dir;
-    let last = archive::list(dir)?.pop().map(|batch| batch_position(&batch, identity)).transpose()?;
+    let last = archive::list(dir)?.into_iter().rev().find(|batch| !batch.is_history());
+    let last = last.map(|batch| batch_position(&batch, identity)).transpose()?;
     let idle = idle_position(dir, identity)?;
     // An idle position is stored only at a transaction boundary, so the later of the two has everything of the other.
     Ok(match (last, idle) {
@@ -28,15 +29,15 @@ pub(super) fn position(config: &Config, identity: &SlotIdentity) -> Result<Optio
     })
 }
 
-/// Creates the archive and this owner's work directory, and removes those of earlier owners.
-pub(super) fn take_over(dir: &Path) -> std::io::Result<PathBuf> {
+/// Creates the archive and this owner's work directory, and removes those of earlier owners with the same prefix.
+pub(super) fn take_over(dir: &Path, prefix: &str) -> std::io::Result<PathBuf> {
     fs::create_dir_all(dir)?;
     let epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_nanos());
-    let work = dir.join(format!("{}{epoch}-{}", archive::WORK_PREFIX, std::process::id()));
+    let work = dir.join(format!("{prefix}{epoch}-{}", std::process::id()));
     fs::create_dir(&work)?;
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        let foreign = entry.file_name().to_string_lossy().starts_with(archive::WORK_PREFIX) && entry.path() != work;
+        let foreign = entry.file_name().to_string_lossy().starts_with(prefix) && entry.path() != work;
         if foreign {
             remove_work(&entry.path(), &work)?;
         }

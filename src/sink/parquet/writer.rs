@@ -1,7 +1,7 @@
 //! The encoding thread: writes, seals and renames batches.
 
 use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -15,6 +15,7 @@ use parquet::schema::types::ColumnPath;
 
 use super::position::sync_dir;
 use crate::archive::{self, Batch, IdlePosition};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::event::Layout;
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
@@ -49,18 +50,6 @@ impl Encoded {
     }
 }
 
-/// The thread's side: encodes, seals, renames.
-pub(super) struct Writer {
-    dir: PathBuf,
-    work: PathBuf,
-    identity: SlotIdentity,
-    pipeline: String,
-    began: Began,
-    encoded: Encoded,
-    files: Vec<OpenFile>,
-    batches: u64,
-}
-
 /// What lies before the next batch, for its footer.
 #[derive(Clone, Copy)]
 pub(super) enum Began {
@@ -70,21 +59,42 @@ pub(super) enum Began {
     After(Position),
 }
 
+/// What a batch says of how far its rows reach.
+pub(super) enum Progress {
+    /// Its footers have the stream's position, and what lies before; an idle position has a file of its own.
+    Stream(Began),
+    /// A copy of history: the batch holds a file with what this gives for a checkpoint.
+    History(Box<dyn Fn(Checkpoint) -> Result<Vec<u8>> + Send>),
+}
+
+/// The thread's side: encodes, seals, renames.
+pub(super) struct Writer {
+    dir: PathBuf,
+    work: PathBuf,
+    identity: SlotIdentity,
+    pipeline: String,
+    progress: Progress,
+    encoded: Encoded,
+    files: Vec<OpenFile>,
+    batches: u64,
+}
+
 struct OpenFile {
     layout: Arc<Layout>,
     writer: ArrowWriter<File>,
 }
 
 impl Writer {
+    /// Writes to `config`'s archive by way of `work`.
     pub(super) fn new(
-        dir: PathBuf,
+        config: &Config,
         work: PathBuf,
-        pipeline: String,
         identity: SlotIdentity,
-        began: Began,
+        progress: Progress,
         encoded: Encoded,
     ) -> Self {
-        Self { dir, work, identity, pipeline, began, encoded, files: Vec::new(), batches: 0 }
+        let (dir, pipeline) = (config.archive.dir.clone(), config.pipeline.clone());
+        Self { dir, work, identity, pipeline, progress, encoded, files: Vec::new(), batches: 0 }
     }
 
     pub(super) fn run(mut self, orders: &Orders<Todo>) -> Result<()> {
@@ -171,12 +181,18 @@ impl Writer {
         for file in std::mem::take(&mut self.files) {
             self.close(file, checkpoint, first, last)?;
         }
+        if let Progress::History(progress) = &self.progress {
+            let path = making.join(archive::HISTORY_FILE);
+            write_synced(&path, &progress(checkpoint)?).map_err(|e| self.io(&e, &path))?;
+        }
         let name = Batch::name(first, last);
         let sealed = sync_dir(&making)
             .and_then(|()| fs::rename(&making, self.dir.join(&name)))
             .and_then(|()| sync_dir(&self.dir));
         sealed.map_err(|e| self.io(&e, &making))?;
-        self.began = Began::After(last);
+        if let Progress::Stream(began) = &mut self.progress {
+            *began = Began::After(last);
+        }
         self.batches += 1;
         metrics::counter!("falaj_produce_archive_batches_total").increment(1);
         tracing::info!(batch = name, seconds = started.elapsed().as_secs_f64(), "sealed");
@@ -207,15 +223,17 @@ impl Writer {
             (archive::META_SLOT, json(&self.identity)?),
             (archive::META_FIRST, archive::bound(first)),
             (archive::META_LAST, archive::bound(last)),
-            (archive::META_RESUME, checkpoint.resume.to_string()),
         ];
-        pairs.push(match self.began {
-            Began::At(origin) => (archive::META_ORIGIN, origin.to_string()),
-            Began::After(last) => (archive::META_PREVIOUS, archive::bound(last)),
-        });
         pairs.push((archive::META_TYPES, json(&layout.columns.iter().map(|c| c.ty).collect::<Vec<_>>())?));
-        if checkpoint.partial.is_none() {
-            pairs.push((archive::META_END_LSN, checkpoint.resume.to_string()));
+        if let Progress::Stream(began) = &self.progress {
+            pairs.push((archive::META_RESUME, checkpoint.resume.to_string()));
+            pairs.push(match began {
+                Began::At(origin) => (archive::META_ORIGIN, origin.to_string()),
+                Began::After(last) => (archive::META_PREVIOUS, archive::bound(*last)),
+            });
+            if checkpoint.partial.is_none() {
+                pairs.push((archive::META_END_LSN, checkpoint.resume.to_string()));
+            }
         }
         let name = |at: &usize| layout.columns[*at].name.clone();
         if !layout.primary_key.is_empty() {
@@ -226,6 +244,9 @@ impl Writer {
     }
 
     fn idle(&self, checkpoint: Checkpoint) -> Result<()> {
+        if let Progress::History(_) = self.progress {
+            return Ok(());
+        }
         let position = IdlePosition { identity: self.identity.clone(), lsn: checkpoint.resume };
         let tmp = self.work.join(archive::POSITION_FILE);
         let stored = (|| {
@@ -258,6 +279,12 @@ impl Writer {
         }
         Error::fatal("archive, encoding Parquet", e)
     }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
 }
 
 fn json(value: &impl serde::Serialize) -> Result<String> {

@@ -1,0 +1,90 @@
+//! The Kafka sink of a backfill: the same events and transactions as the stream's, under transactional ids of its own,
+//! with a record of its own progress in each transaction.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use rdkafka::consumer::Consumer;
+use rdkafka::producer::{BaseProducer, Producer};
+
+use super::commit::{Progress, producer};
+use super::position::{consumer, require, scan};
+use super::reports::Reports;
+use super::{KafkaSink, require_room};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::kafka;
+use crate::lsn::{Checkpoint, Lsn};
+use crate::sink::Sink;
+
+/// The producer of one lane. Whoever had it before can write no more, and what he left open is rolled back.
+pub struct Fenced {
+    producer: BaseProducer<Reports>,
+    /// Topics that are there.
+    known: BTreeSet<String>,
+}
+
+/// Takes the producers of all lanes over. `tables` are those that will be copied: each needs its topic.
+///
+/// # Errors
+/// As the sink's own: [`Error::Refused`] for rights or an absent topic; [`Error::Unreachable`] without a broker.
+pub async fn fence(config: &Arc<Config>, lanes: usize, tables: &[String]) -> Result<Vec<Fenced>> {
+    let known: BTreeSet<String> = tables.iter().map(|table| config.topic(table)).collect();
+    let (c, needed) = (Arc::clone(config), known.clone());
+    let check = move || {
+        let topics = kafka::topics(&c.kafka, kafka::TIMEOUT)?;
+        [c.checkpoint_topic()].iter().chain(&needed).try_for_each(|topic| require(&topics, topic))
+    };
+    blocking(check).await?;
+    require_room(config, &known.iter().cloned().collect::<Vec<_>>()).await?;
+    let open = |lane: usize| {
+        let (config, known) = (Arc::clone(config), known.clone());
+        blocking(move || {
+            let producer = producer(&config, &format!("{}.backfill.{lane}", config.postgres.slot))?;
+            producer.init_transactions(kafka::TIMEOUT).map_err(|e| kafka::error(&config.kafka, &e))?;
+            Ok(Fenced { producer, known })
+        })
+    };
+    futures_util::future::try_join_all((0..lanes).map(open)).await
+}
+
+/// Starts a lane's sink. `progress` gives the record of a checkpoint.
+///
+/// # Errors
+/// [`Error::Fatal`] when no thread can be started.
+pub fn open_history(
+    config: &Arc<Config>,
+    lane: Fenced,
+    progress: impl Fn(Checkpoint) -> Result<(String, Vec<u8>)> + Send + 'static,
+) -> Result<Box<dyn Sink>> {
+    let (progress, start): (Progress, _) = (Box::new(progress), Checkpoint::whole(Lsn(0)));
+    Ok(Box::new(KafkaSink::start(Arc::clone(config), lane.producer, progress, start, lane.known)?))
+}
+
+/// The newest record of every key that begins with `prefix`. Read it when all lanes are fenced.
+///
+/// # Errors
+/// As [`fence`].
+pub async fn read_history(config: &Arc<Config>, prefix: String) -> Result<BTreeMap<String, Vec<u8>>> {
+    let config = Arc::clone(config);
+    blocking(move || {
+        let (consumer, topic) = (consumer(&config)?, config.checkpoint_topic());
+        let (low, _) =
+            consumer.fetch_watermarks(&topic, 0, kafka::TIMEOUT).map_err(|e| kafka::error(&config.kafka, &e))?;
+        let mut found = BTreeMap::new();
+        scan(&config, &consumer, &topic, low, |key, _, value| {
+            if let Ok(key) = std::str::from_utf8(key)
+                && key.starts_with(&prefix)
+            {
+                found.insert(key.to_owned(), value.to_vec());
+            }
+        })?;
+        std::thread::spawn(|| drop(consumer));
+        Ok(found)
+    })
+    .await
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::fatal("opening the Kafka sink", e))?
+}

@@ -1,0 +1,102 @@
+//! Files of backfills: each is a load job of its own, whose id is made of the file's own name.
+//!
+//! They follow no position, so they are no part of the [`chain`](super::chain). A file is loaded when its job has ended well.
+//! Where the record of that is lost, the job is found under its id; and when the service has forgotten the job, the rows
+//! tell: a job loads all of a file or nothing.
+
+use std::collections::BTreeSet;
+use std::time::{Instant, SystemTime};
+
+use serde::{Deserialize, Serialize};
+use tokio::task::spawn_blocking;
+
+use super::columns;
+use super::files::Source;
+use super::media::CHECK;
+use super::record::{Turn, wait};
+use super::table::{Outcome, TableLoad, prepare, told};
+use crate::archive::{Batch, DataFile};
+use crate::error::{Error, Result};
+use crate::lsn::Lsn;
+
+/// Which files of a table's history are loaded.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct History {
+    /// Batch and file.
+    loaded: BTreeSet<String>,
+    /// When the last job was sent, in seconds since 1970.
+    sent_at: u64,
+}
+
+impl History {
+    /// Whether a file is loaded.
+    pub fn has(&self, batch: &Batch, file: &DataFile) -> bool {
+        self.loaded.contains(&name(batch, file))
+    }
+}
+
+/// A file's name within the archive.
+fn name(batch: &Batch, file: &DataFile) -> String {
+    let file = file.path.file_name().unwrap_or_default().to_string_lossy();
+    format!("{}/{file}", Batch::name(batch.first, batch.last))
+}
+
+impl TableLoad<'_> {
+    /// Loads the history that is new. Without `once`, at most one job, and none while it is too soon.
+    pub(super) async fn run_history(&self, turn: &Turn, table_id: &str) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        if self.history.is_empty() {
+            return Ok(outcome);
+        }
+        let record = turn.read_history();
+        let lost = record.is_none();
+        let mut record = record.unwrap_or_default();
+        for (batch, file) in self.history {
+            if record.has(batch, file) {
+                continue;
+            }
+            if !self.once && !wait(record.sent_at, self.world.config.bigquery.load_every.0).is_zero() {
+                break;
+            }
+            record.sent_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            if let Some(rows) = self.load_file(turn, table_id, batch, file, lost).await? {
+                (outcome.jobs, outcome.rows) = (outcome.jobs + 1, outcome.rows + rows);
+            }
+            record.loaded.insert(name(batch, file));
+            turn.write_history(&record)?;
+        }
+        Ok(outcome)
+    }
+
+    /// Gives the number of rows; `None` when they were there already. `lost`: nothing is known of earlier jobs.
+    async fn load_file(
+        &self,
+        turn: &Turn,
+        table_id: &str,
+        batch: &Batch,
+        file: &DataFile,
+        lost: bool,
+    ) -> Result<Option<u64>> {
+        let (begun, path) = (Instant::now(), file.path.clone());
+        let source = spawn_blocking(move || Source::open(&path)).await;
+        let source = source.map_err(|e| Error::fatal("reading a footer", e))??;
+        let chain = self.chain(&source, table_id);
+        let fields = self.ensure_table(&chain, &source).await?;
+        let is_there = || self.service.has_history(table_id, batch.first, batch.last);
+        if lost && self.world.for_ever(CHECK, is_there).await? {
+            return Ok(None);
+        }
+        let key = &source.primary_key;
+        let key: Vec<_> = key.iter().cloned().zip(columns::names_in(key, source.schema())).collect();
+        let load = prepare(vec![source], None, Lsn(u64::MAX), fields.clone(), turn.scratch()).await?;
+        let Some(load) = load else { return Ok(None) };
+        let job = chain.load_history(&name(batch, file), &load, &fields).await?;
+        if job.rows.is_some_and(|rows| rows != load.rows) {
+            let why = format!("BigQuery counts {:?} rows, the file has {}", job.rows, load.rows);
+            return Err(Error::fatal(format_args!("loading {}: job {}", chain.name, job.id), why));
+        }
+        self.ensure_view(&chain, &key, &fields).await?;
+        told(&chain, &load, &job, begun);
+        Ok(Some(load.rows))
+    }
+}
