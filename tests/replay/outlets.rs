@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{commit, lsn, replay, replayed, values};
 use crate::rig::peer::Peer;
-use crate::rig::{Pipeline, assert_same, bigquery, check, id, load};
+use crate::rig::{BIGQUERY, Pipeline, assert_same, bigquery, check, id, load};
 
 /// The board but for the moment of reading.
 async fn board(p: &Pipeline) -> Value {
@@ -41,6 +41,16 @@ async fn a_board_that_is_rebuilt_by_replay_has_the_same_numbers_however_often() 
         assert_eq!(board(&p).await, expected);
     }
     // The stream takes its board back, and counts nothing twice.
+    p.start(&["consume", "--sinks", "redis", "--until-end"]).ends_well().await;
+    assert_eq!(board(&p).await, expected);
+    // So does one that runs meanwhile: the replay is through before that is seen, or it is fenced.
+    let consume = p.start(&["consume", "--sinks", "redis"]);
+    let ended = replay(&p, &["--from", &from, "--sink", "redis"]).await;
+    assert!(ended.code == Some(0) || (ended.code == Some(1) && ended.log.contains("fenced")), "{ended:?}");
+    let again = p.start(&["replay", "--from", &from, "--sink", "redis"]).end().await;
+    assert!(again.code == Some(0) || (again.code == Some(1) && again.log.contains("fenced")), "{again:?}");
+    // It may be told to stop just when it has taken the board back; the next one goes on from there.
+    consume.drains().await;
     p.start(&["consume", "--sinks", "redis", "--until-end"]).ends_well().await;
     assert_eq!(board(&p).await, expected);
 }
@@ -91,7 +101,11 @@ async fn bigquery_is_not_doubled_and_a_new_table_has_the_range_once() {
     assert_same("its own table", &ids("engagement_events").await, &before);
 
     let flags = ["--from", &from, "--to", &to, "--sink", "bigquery", "--table", "{table}_again"];
-    for _ in 0..2 {
+    for round in 0..3 {
+        if round == 2 {
+            // A table that was dropped is made and filled anew.
+            drop_table(&p, "content_again").await;
+        }
         replayed(&p, &flags).await;
         for table in check::TABLES {
             let within = |v: &&String| (commit(&values[300])..=commit(&values[1500])).contains(&commit(v));
@@ -105,4 +119,10 @@ async fn bigquery_is_not_doubled_and_a_new_table_has_the_range_once() {
     assert!(own.code == Some(78) && own.log.contains("own table"), "{own:?}");
     let one = replay(&p, &["--from", &from, "--sink", "bigquery", "--table", "one"]).await;
     assert_eq!(one.code, Some(2), "{one:?}");
+}
+
+async fn drop_table(p: &Pipeline, table: &str) {
+    let path = format!("bigquery/v2/projects/{}/datasets/{}/tables/{table}", bigquery::PROJECT, p.name);
+    let answer = reqwest::Client::new().delete(format!("{}/{path}", p.env[BIGQUERY])).send().await.unwrap();
+    assert!(answer.status().is_success(), "{answer:?}");
 }
