@@ -113,15 +113,15 @@ impl Batch {
         format!("{}-{}", bound(first), bound(last))
     }
 
-    /// Whether its rows came by the stream: the LSN of a commit record is a multiple of 8. A copy of rows that were there
-    /// before stands one byte below the LSN of its snapshot.
+    /// Whether its rows came by the stream: all but history.
     pub fn is_streamed(&self) -> bool {
-        self.first.commit_lsn.0.is_multiple_of(8)
+        !self.is_history()
     }
 
-    /// Whether a backfill has copied it: then a file says how far.
+    /// Whether its rows are history that a backfill has copied: they are no part of the stream, and its position does not
+    /// follow from them. Their LSN is one below that of their snapshot, and records lie at multiples of 8.
     pub fn is_history(&self) -> bool {
-        !self.is_streamed() && self.path.join(HISTORY_FILE).exists()
+        self.first.commit_lsn.0 % 8 == 7 && self.path.join(HISTORY_FILE).exists()
     }
 
     /// The batch's Parquet files, by table and part. Marks and other files beside them are left out.

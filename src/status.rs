@@ -192,7 +192,7 @@ fn archive(config: &Config) -> Result<Archive> {
     let last = batches
         .iter()
         .rev()
-        .find(|batch| !batch.is_history())
+        .find(archive::Batch::is_streamed)
         .map(|batch| archive::Batch::name(batch.first, batch.last));
     Ok(Archive { dir: config.archive.dir.display().to_string(), batches: batches.len(), last })
 }
@@ -233,7 +233,7 @@ async fn loaded(world: &World) -> Result<Vec<Loaded>> {
 /// Table and place of every sealed file of the stream.
 fn sealed(config: &Config) -> Result<Vec<(String, Through)>> {
     let mut files = Vec::new();
-    for batch in archive::list(&config.archive.dir)?.into_iter().filter(|batch| !batch.is_history()) {
+    for batch in archive::list(&config.archive.dir)?.into_iter().filter(archive::Batch::is_streamed) {
         let place = |part| Through { bound: batch.last, part };
         files.extend(batch.files()?.into_iter().map(|file| (file.table, place(file.part))));
     }

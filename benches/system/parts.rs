@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 /// Every part, in the order of a whole run.
-const ALL: [&str; 7] = ["micro", "speed", "peers", "latency", "recovery", "board", "growth"];
+const ALL: [&str; 8] = ["micro", "speed", "peers", "latency", "recovery", "board", "backfill", "growth"];
 
 /// The chosen parts.
 pub struct Parts(Vec<String>);

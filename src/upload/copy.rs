@@ -11,7 +11,6 @@ use super::media::CHECK;
 use super::record::{Record, Records, Turn, hash};
 use super::table::{TableLoad, label};
 use super::{RENAME, Sealed, chain, columns, sealed};
-use crate::archive::Batch;
 use crate::error::{Error, Result};
 use crate::lsn::{Lsn, Position};
 use crate::world::World;
@@ -41,18 +40,8 @@ pub async fn run(world: &World, part: Part, name: impl Fn(&str) -> String) -> Re
     let service = BigQuery::new(&world.config.bigquery, project).await?;
     world.at_start(CHECK, || service.ensure_dataset()).await?;
     let mut rows = 0;
-    for (table, Sealed { stream: mut files, mut history }) in sealed(&world.config.archive.dir)? {
-        let overlaps = |b: &Batch| b.first.commit_lsn <= part.to && b.last.commit_lsn >= part.from;
-        files.retain(|(b, _)| overlaps(b));
-        history.retain(|(b, _)| overlaps(b));
-        if !history.is_empty() {
-            // Its positions lie among those of the stream, whose jobs follow one another.
-            tracing::warn!(
-                table,
-                files = history.len(),
-                "history that a backfill has copied is left out of the new table"
-            );
-        }
+    for (table, Sealed { stream: mut files, .. }) in sealed(&world.config.archive.dir)? {
+        files.retain(|(b, _)| b.first.commit_lsn <= part.to && b.last.commit_lsn >= part.from);
         if files.is_empty() {
             continue;
         }

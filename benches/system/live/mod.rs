@@ -2,6 +2,7 @@
 //! Each part measures by itself and brings its own table and its own bars.
 
 mod applied; //   when the board has counted what
+mod backfill; //  history → Kafka and archive
 mod board; //     Kafka → Redis
 mod growth; //    backlogs, contents, partitions
 mod latency; //   commit → readable, commit → on the board
@@ -30,13 +31,15 @@ pub struct Live {
     pub recovery: Option<recovery::Recovery>,
     /// Kafka → Redis.
     pub board: Option<board::Board>,
+    /// History → Kafka and archive.
+    pub backfill: Option<backfill::Backfill>,
     /// Cost of a row as everything grows.
     pub growth: Option<growth::Growth>,
 }
 
 /// Measures the chosen parts.
 pub async fn measure(stack: &Stack, quick: bool, parts: &Parts) -> Result<Live> {
-    let mut live = Live { latency: None, recovery: None, board: None, growth: None };
+    let mut live = Live { latency: None, recovery: None, board: None, backfill: None, growth: None };
     if parts.has("latency") {
         live.latency = Some(latency::measure(stack, quick, parts.has("peers")).await.context("latency")?);
     }
@@ -45,6 +48,9 @@ pub async fn measure(stack: &Stack, quick: bool, parts: &Parts) -> Result<Live> 
     }
     if parts.has("board") {
         live.board = Some(board::measure(stack, quick).await.context("board")?);
+    }
+    if parts.has("backfill") {
+        live.backfill = Some(backfill::measure(stack, quick).await.context("backfill")?);
     }
     // It fills the disk more than all others and leaves other contents behind: last.
     if parts.has("growth") && !quick {
@@ -61,6 +67,7 @@ impl Live {
             self.latency.as_deref().map(latency::markdown),
             self.recovery.as_ref().map(recovery::Recovery::markdown),
             self.board.as_ref().map(board::Board::markdown),
+            self.backfill.as_ref().map(backfill::Backfill::markdown),
             self.growth.as_ref().map(|growth| growth.markdown(self.board.as_ref())),
         ];
         for part in parts.into_iter().flatten() {
@@ -76,6 +83,7 @@ impl Live {
         verdicts.extend(self.latency.iter().flatten().flat_map(latency::Latency::verdicts));
         verdicts.extend(self.recovery.iter().flat_map(recovery::Recovery::verdicts));
         verdicts.extend(self.board.iter().flat_map(board::Board::verdicts));
+        verdicts.extend(self.backfill.iter().flat_map(backfill::Backfill::verdicts));
         verdicts.extend(self.growth.iter().flat_map(growth::Growth::verdicts));
         verdicts
     }
