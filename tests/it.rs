@@ -19,4 +19,5 @@ mod schema;
 mod setup;
 mod types;
 mod upload;
+mod verify;
 mod versions;

@@ -1,6 +1,6 @@
 //! The board in Redis against what the events in Kafka make of it, up to the offsets that the board stands at.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -121,13 +121,16 @@ impl Counts {
 }
 
 fn report(board: &Counts, kafka: &Counts) -> BoardReport {
-    let mut differences = Vec::new();
-    differ("content", &board.contents, &kafka.contents, |id| id.clone(), &mut differences);
-    let name = |device: &Option<String>| device.clone().unwrap_or_else(|| "(null)".to_owned());
-    differ("device", &board.devices, &kafka.devices, name, &mut differences);
+    let content = |id: &String, (millis, events): (i64, u64)| format!("content {id}: {events} events, {millis} ms");
+    let mut differences = differ(&board.contents, &kafka.contents, content);
+    let device = |name: &Option<String>, (events, last): (u64, i64)| {
+        let name = name.as_deref().unwrap_or("(null)");
+        format!("device {name}: {events} events, the last {last} µs after 1970")
+    };
+    differences.extend(differ(&board.devices, &kafka.devices, device));
     for (what, board, kafka) in [("late", board.late, kafka.late), ("future", board.future, kafka.future)] {
         if board != kafka {
-            differences.push(format!("{what} events left out: {board}, {kafka} by Kafka"));
+            differences.push(format!("{what} events left out: {board}; by Kafka {kafka}"));
         }
     }
     let equal = differences.is_empty();
@@ -135,16 +138,16 @@ fn report(board: &Counts, kafka: &Counts) -> BoardReport {
     BoardReport { equal, board_events: board.events(), kafka_events: kafka.events(), differences }
 }
 
-fn differ<K: Ord, V: PartialEq + std::fmt::Debug>(
-    what: &str,
+/// A line for each key whose counts differ; one that is not there counts nothing.
+fn differ<K: Ord, V: PartialEq + Copy + Default>(
     board: &BTreeMap<K, V>,
     kafka: &BTreeMap<K, V>,
-    name: impl Fn(&K) -> String,
-    out: &mut Vec<String>,
-) {
-    let keys: std::collections::BTreeSet<&K> = board.keys().chain(kafka.keys()).collect();
-    for key in keys.into_iter().filter(|key| board.get(key) != kafka.get(key)) {
-        let shown = |counts: Option<&V>| counts.map_or("nothing".to_owned(), |counts| format!("{counts:?}"));
-        out.push(format!("{what} {}: {}, {} by Kafka", name(key), shown(board.get(key)), shown(kafka.get(key))));
-    }
+    shown: impl Fn(&K, V) -> String,
+) -> Vec<String> {
+    let keys: BTreeSet<&K> = board.keys().chain(kafka.keys()).collect();
+    let counts = |side: &BTreeMap<K, V>, key: &K| side.get(key).copied().unwrap_or_default();
+    let differing = keys.into_iter().filter(|key| board.get(*key) != kafka.get(*key));
+    differing
+        .map(|key| format!("{}; by Kafka {}", shown(key, counts(board, key)), shown(key, counts(kafka, key))))
+        .collect()
 }
