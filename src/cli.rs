@@ -39,6 +39,8 @@ pub enum Verb {
     Upload(Upload),
     /// An LSN range of the archive to a sink, once more, with the same bytes
     Replay(Replay),
+    /// Source against sinks, up to an LSN: counts, checksums, and the rows that differ
+    Verify(Verify),
     /// Copy the slot as it stands, with its lookup rows; without a name list such copies
     Bookmark(Bookmark),
     /// produce + consume + upload in one process
@@ -153,6 +155,17 @@ pub enum Target {
     Bigquery,
     /// One event a line.
     Stdout,
+}
+
+/// Flags of `verify`.
+#[derive(Clone, Debug, Args)]
+pub struct Verify {
+    /// Compare the transactions with end_lsn ≤ LSN; without it each sink up to its own position
+    #[arg(long, value_name = "LSN")]
+    pub until_lsn: Option<Lsn>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Flags of `bookmark`.

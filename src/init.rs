@@ -3,6 +3,7 @@
 //! It prints its plan first, changes nothing that exists, and is the only verb that creates a slot.
 
 pub mod base;
+pub mod origin;
 mod plan;
 
 use std::io::IsTerminal;

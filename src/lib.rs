@@ -30,6 +30,7 @@ pub mod mock_external; // the simulated outside system
 pub mod produce; //     slot → sinks: the one loop
 pub mod replay; //      archive → a sink, once more
 pub mod upload; //      archive → BigQuery
+pub mod verify; //      source against sinks
 
 pub mod demo; //        the whole system in one terminal
 pub mod http; //        livez, readyz, metrics, status and board over HTTP

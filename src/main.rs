@@ -102,6 +102,7 @@ async fn dispatch(world: &World, verb: Verb, metrics: PrometheusHandle) -> Resul
         Verb::Board(args) => falaj::consume::board(world, &args).await,
         Verb::Upload(args) => falaj::upload::run(world, &args).await,
         Verb::Replay(args) => falaj::replay::run(world, &args).await,
+        Verb::Verify(args) => falaj::verify::run(world, &args).await,
         Verb::Bookmark(args) => falaj::bookmark::run(world, &args).await,
         Verb::Run => falaj::run::run(world).await,
         Verb::Demo(args) => falaj::demo::run(world, &args, metrics).await,

@@ -192,7 +192,7 @@ fn archive(config: &Config) -> Result<Archive> {
     let last = batches
         .iter()
         .rev()
-        .find(archive::Batch::is_streamed)
+        .find(|batch| batch.is_streamed())
         .map(|batch| archive::Batch::name(batch.first, batch.last));
     Ok(Archive { dir: config.archive.dir.display().to_string(), batches: batches.len(), last })
 }

@@ -20,4 +20,5 @@ mod schema;
 mod setup;
 mod types;
 mod upload;
+mod verify;
 mod versions;

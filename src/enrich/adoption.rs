@@ -5,7 +5,7 @@ use crate::lsn::Lsn;
 
 /// `xmin:xmax:xip,…` as `pg_current_snapshot()` writes it, with the ids' epoch.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Adoption {
+pub(crate) struct Adoption {
     xmin: u64,
     xmax: u64,
     running: Vec<u64>,
@@ -13,7 +13,7 @@ pub(super) struct Adoption {
 }
 
 impl Adoption {
-    pub(super) fn parse(snapshot: &Snapshot) -> Option<Self> {
+    pub(crate) fn parse(snapshot: &Snapshot) -> Option<Self> {
         let mut parts = snapshot.xids.splitn(3, ':');
         let (xmin, xmax) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
         let running = parts.next()?.split(',').filter(|xid| !xid.is_empty());
@@ -23,7 +23,7 @@ impl Adoption {
 
     /// Whether a committed transaction had ended when the rows were read. The stream gives its id without the epoch; ids
     /// come again after 2^32 of them, places in the WAL never do.
-    pub(super) fn saw(&self, commit_lsn: Lsn, xid: u32) -> bool {
+    pub(crate) fn saw(&self, commit_lsn: Lsn, xid: u32) -> bool {
         let ahead = i64::from(xid.wrapping_sub(self.xmax as u32).cast_signed());
         let Some(xid) = self.xmax.checked_add_signed(ahead) else { return false };
         commit_lsn < self.lsn && (xid < self.xmin || (xid < self.xmax && !self.running.contains(&xid)))

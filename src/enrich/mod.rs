@@ -1,7 +1,7 @@
 //! Enrichment as a fold over the stream: lookup rows are changed by the stream itself, in commit order, so every event
 //! sees them *as of its own position*. No query, no clock, no poll.
 
-mod adoption;
+pub(crate) mod adoption;
 mod cache;
 pub mod derive;
 mod moment;

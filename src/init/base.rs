@@ -5,6 +5,7 @@ use std::path::Path;
 use futures_util::TryStreamExt;
 use tokio_postgres::Client;
 
+use super::origin;
 use crate::config;
 use crate::enrich::state::{BaseHeader, BaseWriter, ColumnType, LookupTable, Snapshot};
 use crate::enrich::wanted;
@@ -104,6 +105,11 @@ pub(super) async fn write(
     if snapshot.is_none() {
         header.adopted_snapshot = Some(now(client).await?);
     }
+    // The snapshot of the slot's own beginning: rows that it sees are in no event.
+    let origin = match snapshot {
+        Some(_) => Some(Snapshot { lsn: header.origin, ..now(client).await? }),
+        None => None,
+    };
     let mut out = BaseWriter::create(dir, &header)?;
     let mut count = 0;
     read(client, lookups, |number, key, values| {
@@ -113,6 +119,7 @@ pub(super) async fn write(
     .await?;
     client.batch_execute("COMMIT").await.map_err(failed)?;
     out.finish()?;
+    origin.map_or(Ok(()), |origin| origin::write(dir, &origin))?;
     Ok(count)
 }
 
@@ -139,7 +146,10 @@ pub async fn read(
 }
 
 /// The snapshot of the open transaction.
-async fn now(client: &Client) -> Result<Snapshot> {
+///
+/// # Errors
+/// [`Error::Unreachable`] when the connection is lost.
+pub(crate) async fn now(client: &Client) -> Result<Snapshot> {
     let sql = "SELECT pg_catalog.pg_current_snapshot()::text, (CASE WHEN pg_catalog.pg_is_in_recovery() \
                THEN pg_catalog.pg_last_wal_replay_lsn() ELSE pg_catalog.pg_current_wal_insert_lsn() END)::text";
     let row = client.query_one(sql, &[]).await.map_err(|e| sql_error("reading the lookup rows", &e))?;

@@ -40,6 +40,8 @@ pub struct Rows {
     /// Columns whose value the Parquet column could not hold, with its text.
     raw: Vec<(usize, String)>,
     unchanged: Vec<usize>,
+    /// Whether rows may stand in any order.
+    unordered: bool,
 }
 
 /// Some decoded rows.
@@ -75,7 +77,13 @@ impl Rows {
         let wide = usize::try_from(held / rows.max(1)).unwrap_or(0).max(1);
         let reader = builder.with_batch_size((bytes / wide).clamp(1, ROWS)).build().map_err(|e| failed(path, e))?;
         let (piece, row, at, op, raw, unchanged) = (None, 0, None, Op::Create, Vec::new(), Vec::new());
-        Ok(Self { path: path.to_owned(), footer, layout, reader, piece, row, at, op, raw, unchanged })
+        let unordered = false;
+        Ok(Self { path: path.to_owned(), footer, layout, reader, piece, row, at, op, raw, unchanged, unordered })
+    }
+
+    /// Takes the rows as they stand, also where one stands twice or out of order: to find out what is wrong with a file.
+    pub fn unordered(self) -> Self {
+        Self { unordered: true, ..self }
     }
 
     /// What the file's footer says.
@@ -108,7 +116,7 @@ impl Rows {
         let at = self.read_row()?;
         // A message stands at the position of the row behind it, and so do the messages before that row.
         let follows = |before: Position| if self.is_message() { at >= before } else { at > before };
-        if self.at.is_some_and(|before| !follows(before)) {
+        if !self.unordered && self.at.is_some_and(|before| !follows(before)) {
             return Err(failed(&self.path, format_args!("row {at} does not stand behind the row before it")));
         }
         self.at = Some(at);

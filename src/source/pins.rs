@@ -19,6 +19,15 @@ pub async fn copy(client: &Client, from: &str, to: &str) -> Result<Lsn> {
     }
 }
 
+/// Copies a slot, as [`copy`] does, for as long as the session lasts.
+///
+/// # Errors
+/// As [`copy`].
+pub async fn copy_for_session(client: &Client, from: &str, to: &str) -> Result<()> {
+    let sql = "SELECT pg_catalog.pg_copy_logical_replication_slot($1::text::name, $2::text::name, true)";
+    client.query_one(sql, &[&from, &to]).await.map(drop).map_err(|e| changing("copying", from, e))
+}
+
 /// Moves a slot that nobody reads to an LSN ahead of it: everything committed below will not come again.
 ///
 /// # Errors

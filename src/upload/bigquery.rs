@@ -243,8 +243,11 @@ impl BigQuery {
         Ok(!self.query(sql).await?.is_empty())
     }
 
-    /// Rows of a query whose result fits one answer.
-    async fn query(&self, sql: String) -> Result<Vec<TableRow>> {
+    /// The first rows of a query: all of them where they fit one answer.
+    ///
+    /// # Errors
+    /// As [`BigQuery::job`].
+    pub async fn query(&self, sql: String) -> Result<Vec<TableRow>> {
         let doing = format!("querying {}", self.target());
         let request = QueryRequest { location: Some(self.location.clone()), ..QueryRequest::new(sql) };
         let mut answer = self.here(&doing, self.client.job().query(&self.project, request).await).await?;

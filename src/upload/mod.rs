@@ -195,7 +195,7 @@ const RENAME: &str = "rename the table in Postgres, or leave it out of the publi
 /// after all that is older, so a second one is whole up to there.
 fn sealed(dir: &Path) -> Result<BTreeMap<String, Sealed>> {
     'list: loop {
-        let newest = archive::list(dir)?.into_iter().rev().find(archive::Batch::is_streamed).map(|batch| batch.last);
+        let newest = archive::list(dir)?.into_iter().rev().find(Batch::is_streamed).map(|batch| batch.last);
         let mut tables: BTreeMap<String, Sealed> = BTreeMap::new();
         for batch in archive::list(dir)? {
             let is_history = batch.is_history();

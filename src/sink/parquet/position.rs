@@ -15,7 +15,7 @@ use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
 /// The later of the last batch and the idle position.
 pub(super) fn position(config: &Config, identity: &SlotIdentity) -> Result<Option<Checkpoint>> {
     let dir = &config.archive.dir;
-    let last = archive::list(dir)?.into_iter().rev().find(archive::Batch::is_streamed);
+    let last = archive::list(dir)?.into_iter().rev().find(Batch::is_streamed);
     let last = last.map(|batch| batch_position(&batch, identity)).transpose()?;
     let idle = idle_position(dir, identity)?;
     // An idle position is stored only at a transaction boundary, so the later of the two has everything of the other.

@@ -1,0 +1,71 @@
+//! A table's events in the archive → facts. Blocking.
+
+use std::path::Path;
+
+use super::fold::{Fact, Fold};
+use super::table::{Form, Table, canonical, hash, old_key, trimmed};
+use crate::change::Op;
+use crate::error::Result;
+use crate::event::{Event, OldKey};
+use crate::lsn::{Lsn, Position};
+use crate::pgoutput::Cell;
+use crate::playback::{Rows, batches};
+
+/// What is decoded at once, in bytes.
+const PIECE: usize = 8 << 20;
+
+/// Folds a table's events from `from` on. `sees` says whether the snapshot sees a commit.
+///
+/// # Errors
+/// [`crate::error::Error`] for a batch that is missing, of another stream, or cannot be read.
+pub(super) fn fold(
+    dir: &Path,
+    table: &Table,
+    form: Form,
+    from: Position,
+    mut fold: Fold,
+    sees: impl Fn(Lsn) -> bool,
+) -> Result<Fold> {
+    let mut values = Vec::new();
+    for batch in batches(dir)?.into_iter().filter(|batch| batch.last >= from) {
+        for file in batch.files()?.into_iter().filter(|file| file.table == table.name) {
+            // File by file, whatever stands in them: a gap or a doubled row is to be named, not to end the reading.
+            let mut rows = Rows::open(&file, 0, PIECE)?.unordered();
+            while rows.advance()?.is_some() {
+                let Some(event) = rows.event() else { continue };
+                if event.at >= from && sees(event.at.commit_lsn) {
+                    push(table, form, &event, &mut values, &mut fold)?;
+                }
+            }
+        }
+    }
+    Ok(fold)
+}
+
+fn push(table: &Table, form: Form, event: &Event<'_>, values: &mut Vec<Option<u64>>, fold: &mut Fold) -> Result<()> {
+    let (at, op) = (event.at, event.op);
+    if op == Op::Truncate {
+        fold.push(&Fact { at, op, key: "", old_key: None, values: &[] });
+        return Ok(());
+    }
+    let mut texts = Vec::with_capacity(table.columns.len());
+    for (name, _) in &table.columns {
+        let found = event.layout.columns.iter().zip(&event.cells).find(|(column, _)| column.name == *name);
+        let told = found.filter(|(_, cell)| **cell != Cell::Unchanged);
+        texts.push(told.map(|(column, cell)| canonical(form, column.ty, *cell)).transpose()?);
+    }
+    let old = match &event.old_key {
+        Some(OldKey::Json(json)) => Some(old_key(json)?),
+        _ => None,
+    };
+    let old = old.and_then(|old| {
+        let before = |i: usize| old.get(&table.columns[i].0).map(|text| trimmed(text.get()).to_owned());
+        table.key_text(|i| before(i).or_else(|| texts[i].clone()))
+    });
+    // A row of a schema that did not have the key column yet is no row of any key.
+    let Some(key) = table.key_text(|i| texts[i].clone()) else { return Ok(()) };
+    values.clear();
+    values.extend(texts.iter().map(|text| text.as_deref().map(hash)));
+    fold.push(&Fact { at, op, key: &key, old_key: old.as_deref(), values });
+    Ok(())
+}
