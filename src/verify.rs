@@ -92,6 +92,7 @@ async fn work(world: &World, args: &cli::Verify) -> Result<Report> {
             Err(why) => report.not_compared.push(why),
         }
     }
+    report.not_compared.extend(report.sinks.iter_mut().flat_map(|sink| std::mem::take(&mut sink.not_compared)));
     let tables = report.sinks.iter().flat_map(|sink| &sink.tables);
     report.equal = tables.into_iter().all(|table| table.equal) && report.board.as_ref().is_none_or(|board| board.equal);
     Ok(report)
@@ -134,7 +135,7 @@ async fn sink(
     };
     let up_to = position(world, name, word, identity, until).await?;
     let bound = Position { commit_lsn: up_to, ordinal: 0 };
-    let mut tables = Vec::new();
+    let (mut tables, mut not_compared) = (Vec::new(), Vec::new());
     for table in &source.tables {
         let mut report = TableReport::new(&table.name, up_to);
         let mut ranges = vec![Range::ALL];
@@ -149,10 +150,9 @@ async fn sink(
             })?;
             compare(source, table, Form::Json, (range, fold), &mut ranges, &mut report).await?;
         }
-        report.close();
-        tables.push(report);
+        close(word, report, &mut tables, &mut not_compared);
     }
-    Ok(SinkReport { sink: word, tables })
+    Ok(SinkReport { sink: word, tables, not_compared })
 }
 
 /// Compares one range of keys; what the fold gave up of it comes next.
@@ -164,20 +164,10 @@ async fn compare(
     ranges: &mut Vec<Range>,
     report: &mut TableReport,
 ) -> Result<()> {
-    if fold.unclear > 0 {
-        return Err(Error::refused(
-            "verify_key",
-            format!(
-                "table {} has no key, and {} updates that do not say which row they changed",
-                table.name, fold.unclear
-            ),
-            "a primary key, or rows that are only inserted and deleted",
-            format!("ALTER TABLE {} ADD PRIMARY KEY (…);", table.name),
-        ));
-    }
     if fold.range.last < range.last {
         ranges.push(Range { first: fold.range.last + 1, last: range.last });
     }
+    report.unclear += fold.unclear;
     let mut comparison = Comparison::new(table, fold, report);
     source.compare(table, form, &mut comparison).await?;
     comparison.finish();
@@ -222,7 +212,7 @@ async fn bigquery(world: &World, source: &Source, project: &str, until: Option<L
     let service = BigQuery::new(&world.config.bigquery, project).await?;
     let is_there = world.at_start("bigquery", || service.has_dataset()).await?;
     let loaded = upload::progress(world).await?;
-    let mut tables = Vec::new();
+    let (mut tables, mut not_compared) = (Vec::new(), Vec::new());
     for table in &source.tables {
         let found = if is_there { Warehouse::open(&service, table).await? } else { None };
         let recorded = loaded.iter().find(|record| record.table == table.name).and_then(recorded);
@@ -241,10 +231,22 @@ async fn bigquery(world: &World, source: &Source, project: &str, until: Option<L
             })?;
             compare(source, table, Form::Warehouse, (range, fold), &mut ranges, &mut report).await?;
         }
-        report.close();
-        tables.push(report);
+        close("bigquery", report, &mut tables, &mut not_compared);
     }
-    Ok(SinkReport { sink: "bigquery", tables })
+    Ok(SinkReport { sink: "bigquery", tables, not_compared })
+}
+
+/// Takes a table's verdict, unless its events do not say which rows they changed.
+fn close(sink: &str, mut report: TableReport, tables: &mut Vec<TableReport>, not_compared: &mut Vec<String>) {
+    report.close();
+    match report.unclear {
+        0 => tables.push(report),
+        n => not_compared.push(format!(
+            "{sink}: table {}: {n} updates do not say which row they changed; a primary key (whose values are not TOASTed) makes it \
+             comparable",
+            report.table
+        )),
+    }
 }
 
 /// Before everything.

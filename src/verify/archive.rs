@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::fold::{Fact, Fold};
-use super::table::{Form, Table, canonical, hash, old_key, trimmed};
+use super::table::{Form, Table, canonical, hash, old_key};
 use crate::change::Op;
 use crate::error::Result;
 use crate::event::{Event, OldKey};
@@ -54,16 +54,15 @@ fn push(table: &Table, form: Form, event: &Event<'_>, values: &mut Vec<Option<u6
         let told = found.filter(|(_, cell)| **cell != Cell::Unchanged);
         texts.push(told.map(|(column, cell)| canonical(form, column.ty, *cell)).transpose()?);
     }
+    // A row of a schema that did not have the key column yet is no row of any key.
+    let Some(key) = table.key_text(|i| texts[i].clone()) else {
+        fold.unclear += u64::from(event.has_unchanged());
+        return Ok(());
+    };
     let old = match &event.old_key {
-        Some(OldKey::Json(json)) => Some(old_key(json)?),
+        Some(OldKey::Json(json)) => old_key(table, form, json, |i| texts[i].clone())?,
         _ => None,
     };
-    let old = old.and_then(|old| {
-        let before = |i: usize| old.get(&table.columns[i].0).map(|text| trimmed(text.get()).to_owned());
-        table.key_text(|i| before(i).or_else(|| texts[i].clone()))
-    });
-    // A row of a schema that did not have the key column yet is no row of any key.
-    let Some(key) = table.key_text(|i| texts[i].clone()) else { return Ok(()) };
     values.clear();
     values.extend(texts.iter().map(|text| text.as_deref().map(hash)));
     fold.push(&Fact { at, op, key: &key, old_key: old.as_deref(), values });

@@ -10,7 +10,7 @@ use rdkafka::{Message, Offset, TopicPartitionList};
 use serde_json::value::RawValue;
 
 use super::fold::{Fact, Fold};
-use super::table::{Table, hash, old_key, trimmed};
+use super::table::{Form, Table, hash, old_key, trimmed};
 use crate::change::Op;
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -94,12 +94,11 @@ pub(super) fn fold(config: &Config, table: &Table, mut fold: Fold, sees: impl Fn
             return Ok(());
         }
         let column = |i: usize| raw(&table.columns[i].0).map(|text| trimmed(text).to_owned());
-        let key = table.key_text(column).ok_or_else(|| strange(&"a key column is absent"))?;
-        let old = raw("_old_key").map(old_key).transpose()?;
-        let old = old.and_then(|old| {
-            let before = |i: usize| old.get(&table.columns[i].0).map(|text| trimmed(text.get()).to_owned());
-            table.key_text(|i| before(i).or_else(|| column(i)))
-        });
+        let Some(key) = table.key_text(column) else {
+            fold.unclear += u64::from(fields.contains_key("_unchanged"));
+            return Ok(());
+        };
+        let old = raw("_old_key").map(|json| old_key(table, Form::Json, json, column)).transpose()?.flatten();
         values.clear();
         values.extend(table.columns.iter().map(|(name, _)| raw(name).map(|text| hash(trimmed(text)))));
         fold.push(&Fact { at, op, key: &key, old_key: old.as_deref(), values: &values });

@@ -37,6 +37,9 @@ pub(super) struct SinkReport {
     /// `kafka`, `archive` or `bigquery`.
     pub(super) sink: &'static str,
     pub(super) tables: Vec<TableReport>,
+    /// Tables that were not, and why.
+    #[serde(skip)]
+    pub(super) not_compared: Vec<String>,
 }
 
 /// One table in one sink.
@@ -67,6 +70,9 @@ pub(super) struct TableReport {
     pub(super) ranges: Vec<RangeReport>,
     /// Rows that differ, at most 20.
     pub(super) rows: Vec<Named>,
+    /// Updates that do not say which row they changed.
+    #[serde(skip)]
+    pub(super) unclear: u64,
     #[serde(skip)]
     sums: Vec<(Sum, Sum)>,
 }

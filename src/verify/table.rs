@@ -1,5 +1,6 @@
 //! A table as it is compared: its columns, what its rows are known by, and the hashes of its values.
 
+use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hasher};
 
 use serde_json::value::RawValue;
@@ -44,9 +45,10 @@ impl Table {
         let relation = &table.relation;
         let columns: Vec<_> = relation.columns.iter().map(|c| (c.name.clone(), c.ty())).collect();
         let key = key(table);
-        let list: Vec<_> = columns.iter().map(|(name, _)| ident(name)).collect();
+        let names = columns.iter().map(|(name, _)| ident(name));
+        let list: Vec<_> = ["xmin".to_owned()].into_iter().chain(names).collect();
         let filter = row_filter.map(|filter| format!(" WHERE {filter}")).unwrap_or_default();
-        let select = format!("SELECT xmin, {} FROM {}{filter}", list.join(", "), table.sql_source());
+        let select = format!("SELECT {} FROM {}{filter}", list.join(", "), table.sql_source());
         let keyed = !key.is_empty();
         let key = if keyed { key } else { (0..columns.len()).collect() };
         Self { name: relation.table(), columns, key, keyed, oid: relation.oid, select }
@@ -98,9 +100,42 @@ pub(super) fn trimmed(text: &str) -> &str {
     text.trim_matches([' ', '\t', '\n', '\r'])
 }
 
-/// The key columns of an `_old_key`, by their names.
-pub(super) fn old_key(json: &str) -> Result<std::collections::HashMap<String, &RawValue>> {
-    serde_json::from_str(json).map_err(|e| Error::fatal(format_args!("reading _old_key {json}"), e))
+/// The key before, of an `_old_key`; a column that it does not have is that of the row now, as `now` gives it.
+///
+/// # Errors
+/// [`Error::Fatal`] for text that is no such object.
+pub(super) fn old_key(
+    table: &Table,
+    form: Form,
+    json: &str,
+    now: impl Fn(usize) -> Option<String>,
+) -> Result<Option<String>> {
+    let failed = |e: serde_json::Error| Error::fatal(format_args!("reading _old_key {json}"), e);
+    let old: HashMap<String, &RawValue> = serde_json::from_str(json).map_err(failed)?;
+    let mut parts = Vec::with_capacity(table.key.len());
+    for column in &table.key {
+        let (name, ty) = &table.columns[*column];
+        parts.push(old.get(name).map(|raw| of_json(form, *ty, raw.get())).transpose()?.or_else(|| now(*column)));
+    }
+    let mut parts = parts.into_iter();
+    Ok(table.key_text(|_| parts.next().flatten()))
+}
+
+/// The canonical form of a value that stands in JSON.
+fn of_json(form: Form, ty: Type, raw: &str) -> Result<String> {
+    let raw = trimmed(raw);
+    let is_embedded = matches!(ty, Type::Json | Type::Jsonb | Type::Array(_)) || raw == "null";
+    if form == Form::Json || is_embedded {
+        return Ok(raw.to_owned());
+    }
+    let text = serde_json::from_str::<String>(raw).unwrap_or_else(|_| raw.to_owned());
+    let text = match ty {
+        Type::Bool => raw.chars().take(1).collect(),
+        Type::Timestamp => text.replacen('T', " ", 1),
+        Type::Timestamptz => text.replacen('T', " ", 1).replace('Z', "+00"),
+        _ => text,
+    };
+    canonical(form, ty, Cell::Text(text.as_bytes()))
 }
 
 /// Of a value, or of a key.
@@ -126,4 +161,21 @@ pub(super) fn for_test(columns: &[(&str, Type)], key: &[usize]) -> Table {
     let keyed = !key.is_empty();
     let key = if keyed { key.to_vec() } else { (0..columns.len()).collect() };
     Table { name: "t".into(), columns, key, keyed, oid: 1, select: String::new() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_key_has_the_form_of_the_keys_that_it_is_compared_with() {
+        let table = for_test(&[("a", Type::Int4), ("at", Type::Timestamptz), ("c", Type::Text)], &[0, 1]);
+        let json = r#"{"a":1,"at":"1970-01-01T00:00:01.500000Z"}"#;
+        let key = |form, json| old_key(&table, form, json, |_| Some("now".into())).unwrap();
+        assert_eq!(key(Form::Json, json).unwrap(), r#"[1,"1970-01-01T00:00:01.500000Z"]"#);
+        assert_eq!(key(Form::Warehouse, json).unwrap(), "[1,1500000]");
+        assert_eq!(key(Form::Warehouse, r#"{"a":1,"at":"infinity"}"#).unwrap(), "[1,raw infinity]");
+        assert_eq!(key(Form::Json, r#"{"a":1}"#).unwrap(), "[1,now]");
+        assert!(old_key(&table, Form::Json, "1", |_| None).is_err());
+    }
 }

@@ -9,7 +9,7 @@ use gcp_bigquery_client::model::table_row::TableRow;
 
 use super::fold::{Fact, Fold};
 use super::kafka::position;
-use super::table::{Table, hash, old_key, trimmed};
+use super::table::{Form, Table, hash, old_key};
 use crate::change::Op;
 use crate::error::{Error, Result};
 use crate::lsn::{Lsn, Position};
@@ -165,13 +165,12 @@ impl<'a> Warehouse<'a> {
             };
             texts.push(told.then_some(value));
         }
-        let Some(key) = self.table.key_text(|i| texts[i].clone()) else { return Ok(()) };
-        let old_json = own(2);
-        let old = old_json.as_deref().map(old_key).transpose()?;
-        let old = old.and_then(|old| {
-            let before = |i: usize| old.get(&self.table.columns[i].0).map(|text| trimmed(text.get()).to_owned());
-            self.table.key_text(|i| before(i).or_else(|| texts[i].clone()))
-        });
+        let Some(key) = self.table.key_text(|i| texts[i].clone()) else {
+            fold.unclear += u64::from(!unchanged.is_empty());
+            return Ok(());
+        };
+        let old = own(2).map(|json| old_key(self.table, Form::Warehouse, &json, |i| texts[i].clone()));
+        let old = old.transpose()?.flatten();
         let values: Vec<_> = texts.iter().map(|text| text.as_deref().map(hash)).collect();
         fold.push(&Fact { at, op, key: &key, old_key: old.as_deref(), values: &values });
         Ok(())
