@@ -95,7 +95,8 @@ impl TableLoad<'_> {
         if !self.once && !record.wait(self.world.config.bigquery.load_every.0).is_zero() {
             return Ok(Outcome::default());
         }
-        let chain = self.chain(&oldest, table_id);
+        // A replay has an owner of its own.
+        let chain = Chain { owner: record.owner.clone(), ..self.chain(&oldest, table_id) };
         if !known || record.open {
             self.ensure_table(&chain, &oldest).await?;
             recover(&chain, &mut record).await?;
