@@ -95,6 +95,13 @@ impl Position {
         id.into_iter().map(char::from).collect()
     }
 
+    /// Reads what [`Position::event_id`] writes; `None` for anything else.
+    pub fn from_event_id(id: &str) -> Option<Self> {
+        let (lsn, ordinal) = id.split_once(':')?;
+        let at = Self { commit_lsn: Lsn(u64::from_str_radix(lsn, 16).ok()?), ordinal: ordinal.parse().ok()? };
+        (at.event_id() == id).then_some(at)
+    }
+
     /// Appends [`Position::event_id`].
     pub fn write_id(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&hex(self.commit_lsn.0));
@@ -195,6 +202,13 @@ mod tests {
         for bad in ["", "16", "/1", "1/", "1/+2", "1/123456789", "x/1", "1/2/3"] {
             assert!(bad.parse::<Lsn>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn an_event_id_reads_back_and_nothing_else_does() {
+        let at = Position { commit_lsn: Lsn(0x16_B374_D848), ordinal: 3 };
+        assert_eq!(Position::from_event_id(&at.event_id()), Some(at));
+        assert_eq!(Position::from_event_id("16:3"), None);
     }
 
     #[test]

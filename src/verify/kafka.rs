@@ -83,7 +83,7 @@ pub(super) fn fold(config: &Config, table: &Table, mut fold: Fold, sees: impl Fn
         let raw = |name: &str| fields.get(name).map(|value| value.get());
         let own = |name: &str| raw(name).and_then(|text| serde_json::from_str::<String>(text).ok());
         let id = own("_id").ok_or_else(|| strange(&"no _id"))?;
-        let at = position(&id).ok_or_else(|| strange(&format_args!("_id is {id:?}")))?;
+        let at = Position::from_event_id(&id).ok_or_else(|| strange(&format_args!("_id is {id:?}")))?;
         let op = own("_op").and_then(|op| Op::from_letter(&op)).ok_or_else(|| strange(&"no known _op"))?;
         // One topic may hold several tables.
         if own("_table").as_deref() != Some(&table.name) || !sees(at.commit_lsn) {
@@ -105,23 +105,4 @@ pub(super) fn fold(config: &Config, table: &Table, mut fold: Fold, sees: impl Fn
         Ok(())
     })?;
     Ok(fold)
-}
-
-/// Reads what [`Position::event_id`] writes.
-pub(super) fn position(id: &str) -> Option<Position> {
-    let (lsn, ordinal) = id.split_once(':')?;
-    let at = Position { commit_lsn: Lsn(u64::from_str_radix(lsn, 16).ok()?), ordinal: ordinal.parse().ok()? };
-    (at.event_id() == id).then_some(at)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_id_reads_back_and_nothing_else_does() {
-        let at = Position { commit_lsn: Lsn(0x16_B374_D848), ordinal: 3 };
-        assert_eq!(position(&at.event_id()), Some(at));
-        assert_eq!(position("16:3"), None);
-    }
 }

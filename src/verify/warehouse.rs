@@ -8,7 +8,6 @@ use gcp_bigquery_client::model::field_type::FieldType;
 use gcp_bigquery_client::model::table_row::TableRow;
 
 use super::fold::{Fact, Fold};
-use super::kafka::position;
 use super::table::{Form, Table, hash, old_key};
 use crate::change::Op;
 use crate::error::{Error, Result};
@@ -144,7 +143,7 @@ impl<'a> Warehouse<'a> {
         let strange = |why: &dyn std::fmt::Display| Error::fatal(format_args!("reading {}", self.name()), why);
         let own = |n: usize| text(row, self.columns.len() + n);
         let id = own(0).ok_or_else(|| strange(&"a row without _id"))?;
-        let at = position(&id).ok_or_else(|| strange(&format_args!("_id is {id:?}")))?;
+        let at = Position::from_event_id(&id).ok_or_else(|| strange(&format_args!("_id is {id:?}")))?;
         let op = own(1).and_then(|op| Op::from_letter(&op)).ok_or_else(|| strange(&"no known _op"))?;
         if !sees(at.commit_lsn) {
             return Ok(());
@@ -180,7 +179,7 @@ impl<'a> Warehouse<'a> {
     async fn find_doubled(&self, fold: &mut Fold) -> Result<()> {
         let sql = format!("SELECT _id FROM {} GROUP BY _id HAVING COUNT(*) > 1 ORDER BY _id LIMIT {PAGE}", self.name());
         for row in self.service.query(sql).await? {
-            let at = text(&row, 0).as_deref().and_then(position);
+            let at = text(&row, 0).as_deref().and_then(Position::from_event_id);
             if let Some(at) = at.filter(|at| *at < self.bound) {
                 fold.note_doubled(at);
             }
