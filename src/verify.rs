@@ -1,8 +1,8 @@
 //! `falaj verify`: the source against every sink, up to an LSN, on live data. It reads only: the slot is not taken, nobody is
 //! fenced, and nothing is written but a temporary copy of the slot, which goes with the session.
 //!
-//! [`source`] takes one snapshot and finds out which transactions it sees. Each sink's events up to its position are folded
-//! into the latest row of each key ([`fold`]), and the source's rows compared with those ([`compare`]). Rows that the source
+//! `source` takes one snapshot and finds out which transactions it sees. Each sink's events up to its position are folded
+//! into the latest row of each key (`fold`), and the source's rows compared with those (`compare`). Rows that the source
 //! has changed since the sink's position are left out and counted. docs/verify.md says the rule, and what is printed.
 
 mod archive;

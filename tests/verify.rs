@@ -227,6 +227,16 @@ async fn rows_that_are_older_than_the_slot_are_counted_and_changes_after_the_lsn
     let ended = p.start(&["verify", "--until-lsn", &ahead]).end().await;
     assert_eq!(ended.code, Some(78), "{ended:?}");
     assert!(ended.log.contains("verify_position"), "{ended:?}");
+    // A backfill brings what is older.
+    p.start(&["backfill", "engagement_events"]).ends_well().await;
+    p.produce().await;
+    let (code, report) = verify(&p, &[]).await;
+    assert_eq!((code, differing(&report)), (Some(0), vec![]), "{report}");
+    for sink in ["kafka", "archive"] {
+        let found = table(&report, sink, "engagement_events");
+        let counts = ["older_than_slot", "changed_since", "in_part"].map(|name| found[name].as_u64().unwrap());
+        assert_eq!((counts, found["sink"]["rows"].as_u64()), ([0, 0, 0], Some(29)), "{sink}: {report}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
