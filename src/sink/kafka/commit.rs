@@ -265,8 +265,6 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer<Repor
             ("linger.ms", "20"),
             ("batch.size", "262144"),
             ("batch.num.messages", "20000"),
-            // A fifth of the bytes on network and disk, at no cost in rate.
-            ("compression.type", "lz4"),
             ("queue.buffering.max.messages", "200000"),
             ("transaction.timeout.ms", "60000"),
             ("message.timeout.ms", "45000"),
