@@ -3,7 +3,6 @@
 mod fold;
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use falaj::lsn::Lsn;
 use serde_json::{Map, Value};
@@ -65,11 +64,12 @@ async fn a_copy_beside_a_writer_on_the_same_rows_folds_to_the_source() {
     let writer = Writer::start(&p, rows, 7, true).await;
     let mut copy = p.start(&["backfill", "item", "--jobs", "3", "--rate", "10000"]);
     let mut most = 0;
-    while copy.runs() {
+    until("the copy has ended", async || {
         let ours = p.text("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'falaj backfill' AND datname = current_database()").await;
         most = most.max(ours.parse().unwrap());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+        !copy.runs()
+    })
+    .await;
     let told = copy.ends_well().await;
     let written = writer.stop().await;
     assert!(written > 100, "{written} transactions beside the copy");

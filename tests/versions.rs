@@ -123,10 +123,11 @@ async fn a_standby_is_streamed_from_where_postgres_can_and_refused_where_not() {
     p.run(&format!("INSERT INTO content VALUES ('{content}', 's', 'one', 'podcast', 100, now())")).await;
     let mut init = p.start(&["init", "--yes"]);
     // A slot begins where the primary says which transactions run.
-    while init.runs() {
+    until("the slot is made", async || {
         p.run("SELECT pg_log_standby_snapshot()").await;
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-    }
+        !init.runs()
+    })
+    .await;
     init.ends_well().await;
     let produce = p.start(&["produce"]);
     let event =
