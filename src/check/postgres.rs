@@ -312,12 +312,11 @@ fn readable(tables: &[Table]) -> Result<String> {
 /// Plans every table's events, without their rows.
 fn columns(config: &Config, tables: &[Table]) -> Result<String> {
     let lookups = base::lookups(tables, &config.tables)?;
-    let lookups: Vec<&LookupTable> = lookups.iter().map(|l| &l.table).collect();
     let mut count = 0;
     for table in tables {
         let relation = table.relation.clone();
         let settings = config.table(&relation.table());
-        count += enrich::layout(&lookups, 0, relation, Vec::new(), settings)?.columns.len();
+        count += enrich::layout(lookups.iter().map(|l| &l.table), 0, relation, Vec::new(), settings)?.columns.len();
     }
     Ok(format!("{count} columns in {} tables, {} of them looked up", tables.len(), lookups.len()))
 }

@@ -5,6 +5,7 @@ pub(crate) mod adoption;
 mod cache;
 pub mod derive;
 mod moment;
+mod plan;
 pub mod state;
 
 use std::path::Path;
@@ -12,36 +13,20 @@ use std::path::Path;
 use crate::change::Change;
 use crate::config;
 use crate::error::{Error, Result};
-use crate::event::{self, Cells, Layout, OutColumn};
+use crate::event::{Cells, Layout};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
 use crate::pgoutput::Cell;
-use crate::schema::{Relation, Type};
-use crate::value::{self, Converted};
+use crate::schema::Relation;
+use crate::value::Converted;
 use adoption::Adoption;
 use cache::Cache;
-use derive::Derivation;
 pub use moment::Moment;
+use plan::extend;
+pub use plan::{Plan, layout};
 use state::{BaseHeader, BaseWriter, ChangeLog, Entry, LookupChange, LookupTable};
 
 /// A log beyond this size is folded into a new base at the next start.
 const COMPACT_AT: u64 = 4 << 20;
-
-/// What the enricher adds to the events of one layout.
-#[derive(Debug, Default)]
-pub struct Plan {
-    join: Option<Join>,
-    derive: Vec<Derivation>,
-}
-
-#[derive(Debug)]
-struct Join {
-    /// Source column with the lookup key.
-    on: usize,
-    /// Index of the lookup table.
-    table: usize,
-    /// Joined columns, as indexes into the cached rows.
-    columns: Vec<usize>,
-}
 
 /// The lookup tables and their columns that a configuration joins; several tables may share one.
 pub fn wanted(tables: &[config::Table]) -> Vec<(String, Vec<String>)> {
@@ -169,8 +154,7 @@ impl Enricher {
         primary_key: Vec<usize>,
         config: Option<&config::Table>,
     ) -> Result<Layout> {
-        let lookups: Vec<&LookupTable> = self.caches.iter().map(|c| &c.table).collect();
-        layout(&lookups, generation, relation, primary_key, config)
+        layout(self.caches.iter().map(|c| &c.table), generation, relation, primary_key, config)
     }
 
     /// Appends lookup and derived columns to the source columns of a row. `scratch` holds the derived texts.
@@ -303,108 +287,6 @@ fn write_base(dir: &Path, header: BaseHeader, caches: &[Cache]) -> Result<()> {
         }
     }
     base.finish()
-}
-
-/// Appends lookup and derived columns to the source columns of a row. Says whether a lookup row was found, where one is
-/// looked for.
-fn extend<'a>(
-    caches: &'a [Cache],
-    layout: &Layout,
-    cells: &mut Cells<'a>,
-    scratch: &'a mut Vec<u8>,
-) -> Converted<Option<bool>> {
-    let mut hit = None;
-    if let Some(join) = &layout.plan.join {
-        let key = value::text(layout.columns[join.on].ty, cells[join.on], scratch)?;
-        let found = key.and_then(|key| caches[join.table].rows.get(key));
-        hit = Some(found.is_some());
-        cells.extend(join.columns.iter().map(|at| match found.and_then(|row| row[*at].as_deref()) {
-            Some(text) => Cell::Text(text.as_bytes()),
-            None => Cell::Null,
-        }));
-    }
-    if !layout.plan.derive.is_empty() {
-        let quotients = derive::quotients(&layout.plan.derive, &layout.columns, cells)?;
-        scratch.clear();
-        let ends: smallvec::SmallVec<[Option<usize>; 4]> =
-            quotients.into_iter().map(|q| q.map(|q| q.write(scratch)).map(|()| scratch.len())).collect();
-        let mut start = 0;
-        for end in ends {
-            cells.push(end.map_or(Cell::Null, |end| Cell::Text(&scratch[start..end])));
-            start = end.unwrap_or(start);
-        }
-    }
-    Ok(hit)
-}
-
-/// Plans the layout of a relation's events over these lookup tables, without their rows.
-///
-/// # Errors
-/// [`Error::Refused`] for a configured column that the relation or its lookup has not, or a name that would stand twice.
-pub fn layout(
-    lookups: &[&LookupTable],
-    generation: u32,
-    relation: Relation,
-    primary_key: Vec<usize>,
-    config: Option<&config::Table>,
-) -> Result<Layout> {
-    let table = relation.table();
-    let mut columns: Vec<_> = relation.columns.iter().map(|c| OutColumn::new(&c.name, c.ty())).collect();
-    let column = |name: &String, role: &str| {
-        relation.index_of(name).ok_or_else(|| {
-            Error::refused(
-                "table_columns",
-                format!("table {table} has no column \"{name}\", the configured {role}"),
-                "a published column of that name",
-                "add the column (or publish it), or change [[table]] in the configuration",
-            )
-        })
-    };
-    let key = config.and_then(|c| c.key.as_ref()).map(|k| column(k, "record key")).transpose()?;
-    let join = match config.and_then(|c| c.lookup.as_ref()) {
-        Some(lookup) => Some(join(lookups, lookup, column(&lookup.on, "lookup key")?, &mut columns)?),
-        None => None,
-    };
-    let derive = derive::plan(&table, config.map_or(&[], |c| &c.derive), &mut columns)?;
-    refuse_double_names(&table, &columns)?;
-    let (plan, identity) = (Plan { join, derive }, event::identity(&table));
-    Ok(Layout { generation, table, primary_key, key, columns, plan, identity, relation })
-}
-
-fn join(lookups: &[&LookupTable], lookup: &config::Lookup, on: usize, columns: &mut Vec<OutColumn>) -> Result<Join> {
-    let missing = |what: &str| {
-        Error::refused(
-            "lookup_state",
-            format!("the lookup state has no {what}"),
-            "the lookup tables and columns of [table.lookup]",
-            "falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
-        )
-    };
-    let table = lookups.iter().position(|t| t.table == lookup.table);
-    let table = table.ok_or_else(|| missing(&format!("table \"{}\"", lookup.table)))?;
-    let known = &lookups[table].columns;
-    let mut indexes = Vec::new();
-    for name in &lookup.columns {
-        let at = known.iter().position(|c| c.name == *name).ok_or_else(|| missing(&format!("column \"{name}\"")))?;
-        indexes.push(at);
-        columns.push(OutColumn::new(name, Type::from_oid(known[at].type_oid, known[at].type_mod)));
-    }
-    Ok(Join { on, table, columns: indexes })
-}
-
-fn refuse_double_names(table: &str, columns: &[OutColumn]) -> Result<()> {
-    const OURS: [&str; 10] =
-        ["_id", "_op", "_table", "_lsn", "_commit_ts", "_old_key", "_unchanged", "_raw", "_commit_lsn", "_ordinal"];
-    let mut seen: std::collections::HashSet<&str> = OURS.into();
-    match columns.iter().find(|c| !seen.insert(&c.name)) {
-        None => Ok(()),
-        Some(double) => Err(Error::refused(
-            "column_names",
-            format!("table {table}: the name \"{}\" would stand twice in an event", double.name),
-            "source, lookup and derived columns with names of their own, none of falaj's own names (_id, _op, …)",
-            "rename the derived column, leave the lookup column out, or rename the source column",
-        )),
-    }
 }
 
 fn refused(dir: &Path, found: String) -> Error {

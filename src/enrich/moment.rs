@@ -1,7 +1,7 @@
 //! Lookup rows of one moment: for copies, whose events are all as of one snapshot.
 
 use super::cache::Cache;
-use super::extend;
+use super::plan::extend;
 use super::state::LookupTable;
 use crate::config;
 use crate::error::Result;
@@ -39,8 +39,7 @@ impl Moment {
         primary_key: Vec<usize>,
         config: Option<&config::Table>,
     ) -> Result<Layout> {
-        let lookups: Vec<&LookupTable> = self.caches.iter().map(|c| &c.table).collect();
-        super::layout(&lookups, generation, relation, primary_key, config)
+        super::layout(self.caches.iter().map(|c| &c.table), generation, relation, primary_key, config)
     }
 
     /// Appends lookup and derived columns to the source columns of a row. `scratch` holds the derived texts.
