@@ -58,6 +58,7 @@ impl Held {
                 let pace = Pace::new(stream.bound_window());
                 Ok((stream, pace, system))
             };
+            // The reader needs to be ahead by a gulp or two alone; what waits longer waits in front of the sinks.
             match Stream::open(world.config.produce.queue_bytes.0 / 4, connect).await {
                 Ok((stream, system)) => {
                     world.health.ok("slot");

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tracing::warn;
 
 use super::walk::{Walk, tables};
+use crate::change::Op;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::{Checkpoint, Position};
@@ -84,28 +85,34 @@ async fn send(walk: &mut Walk<'_>, opened: Opened) -> Result<()> {
     outcome
 }
 
-/// Pushes what is not in yet, and waits until all of it is durable.
+/// Pushes what is not in yet, and waits until all of it is durable. A position is done when a later one begins: a message
+/// stands at that of the row behind it.
 async fn feed(walk: &mut Walk<'_>, sink: &mut dyn Sink, had: Option<Checkpoint>) -> Result<()> {
     let from = walk.range.from;
     let at = |position: Option<Position>| Checkpoint { resume: from, partial: position };
     let (mut prepared, mut pushed, mut skipped) = (BTreeSet::new(), 0_u32, 0);
-    let mut last = had.and_then(|had| had.partial);
+    let (mut last, mut is_message) = (had.and_then(|had| had.partial), false);
     while let Some(item) = walk.next()? {
         if had.is_some_and(|had| had.has(item.event.at)) {
             skipped += 1;
+        }
+        if pushed >= MARK_EVERY && last < Some(item.event.at) {
+            pushed = 0;
+            sink.mark(at(last)).await?;
         }
         if prepared.insert(item.event.layout.generation) {
             sink.prepare(item.event.layout).await?;
         }
         sink.push(&item.event)?;
         last = last.max(Some(item.event.at));
+        is_message = matches!(item.event.op, Op::Message { .. });
         pushed += 1;
-        if pushed >= MARK_EVERY {
-            pushed = 0;
-            sink.mark(at(last)).await?;
-        }
     }
     walk.tally.skipped = skipped;
+    if walk.tally.stopped && is_message {
+        // Its row has not been sent: what came since the last mark is rolled back, and sent by the next run.
+        return Ok(());
+    }
     if last.is_some() && !sink.stored().checkpoint().covers(at(last)) {
         sink.flush(at(last)).await?;
         while !sink.stored().checkpoint().covers(at(last)) {

@@ -82,11 +82,14 @@ pub(super) fn fold(config: &Config, table: &Table, mut fold: Fold, sees: impl Fn
         let fields: HashMap<Cow<'_, str>, &RawValue> = serde_json::from_slice(value).map_err(|e| strange(&e))?;
         let raw = |name: &str| fields.get(name).map(|value| value.get());
         let own = |name: &str| raw(name).and_then(|text| serde_json::from_str::<String>(text).ok());
+        // One topic may hold several tables, and messages, which are no rows.
+        if own("_table").ok_or_else(|| strange(&"no _table"))? != table.name {
+            return Ok(());
+        }
         let id = own("_id").ok_or_else(|| strange(&"no _id"))?;
         let at = Position::from_event_id(&id).ok_or_else(|| strange(&format_args!("_id is {id:?}")))?;
         let op = own("_op").and_then(|op| Op::from_letter(&op)).ok_or_else(|| strange(&"no known _op"))?;
-        // One topic may hold several tables.
-        if own("_table").as_deref() != Some(&table.name) || !sees(at.commit_lsn) {
+        if !sees(at.commit_lsn) {
             return Ok(());
         }
         if op == Op::Truncate {

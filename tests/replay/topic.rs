@@ -1,8 +1,8 @@
 //! Into a new topic: exactly once, and never into one that holds something else.
 
-use super::{commit, lsn, replay, replayed};
+use super::{commit, lines, lsn, replay, replayed};
 use crate::rig::process::Ended;
-use crate::rig::{Pipeline, assert_same, check, id, kafka, load, until};
+use crate::rig::{Pipeline, Servers, assert_same, check, id, kafka, load, until};
 
 /// Everything of a record but its place.
 fn content(records: Vec<kafka::Record>) -> Vec<(Option<String>, String, Option<i64>)> {
@@ -57,7 +57,7 @@ async fn a_replay_into_a_new_topic_is_exact_and_survives_sigkill() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_topic_that_holds_something_else_is_refused() {
-    let p = Pipeline::new("rp_taken").await;
+    let mut p = Pipeline::new("rp_taken").await;
     p.run("INSERT INTO engagement_events (event_ts) SELECT now() FROM generate_series(1, 5)").await;
     p.run("INSERT INTO engagement_events (event_ts) SELECT now() FROM generate_series(1, 5)").await;
     p.produce().await;
@@ -83,4 +83,58 @@ async fn a_topic_that_holds_something_else_is_refused() {
     refused(into(&topic, &first, &first).await, "holds a replay from");
     let found = content(kafka::records(&p.config, &topic).await);
     assert_same("unharmed", &found.into_iter().map(|(_, v, _)| v).collect::<Vec<_>>(), &values);
+    // What the archive cannot give.
+    let flags = ["--from", &first, "--sink", "kafka", "--topic", "other"];
+    for (key, value) in [("FALAJ_KAFKA__TOMBSTONES", "true"), ("FALAJ_KAFKA__ENVELOPE", "debezium")] {
+        p.set(key, value);
+        let ended = replay(&p, &flags).await;
+        assert_eq!(ended.code, Some(78), "{ended:?}");
+        for word in ["kafka.", value, "the row before an update", "fix:"] {
+            assert!(ended.log.contains(word), "{word}: {}", ended.log);
+        }
+    }
+}
+
+/// A message stands at the position of the row behind it: neither may be taken for the other, nor be lost with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_are_replayed_between_the_rows_that_they_stood_between() {
+    let mut p = Pipeline::bare(Servers::shared(), "rp_messages").await;
+    p.set("FALAJ_PRODUCE__MESSAGES", "true");
+    p.set("FALAJ_PRODUCE__TRANSACTION_BYTES", "16KiB");
+    p.run("CREATE TABLE t (id int PRIMARY KEY, note text); CREATE PUBLICATION falaj FOR TABLE t").await;
+    p.init().await;
+    p.run("SELECT pg_logical_emit_message(false, 'free', 'before all')").await;
+    p.run(
+        "DO $$ BEGIN FOR n IN 1..20000 LOOP
+             PERFORM pg_logical_emit_message(true, 'p' || n % 7, 'first ' || n), pg_logical_emit_message(true, 'q', 'then ' || n);
+             INSERT INTO t VALUES (n, repeat('x', 40));
+             IF n % 100 = 0 THEN PERFORM pg_logical_emit_message(true, 'p', 'last of its transaction'); COMMIT; END IF;
+         END LOOP; END $$",
+    )
+    .await;
+    p.run("SELECT pg_logical_emit_message(false, 'free', 'behind them'); INSERT INTO t VALUES (0)").await;
+    p.produce().await;
+    let key =
+        |value: &String| serde_json::from_str::<serde_json::Value>(value).unwrap()["_id"].as_str().unwrap().to_owned();
+    let mut all = Vec::new();
+    for table in ["t", "_message"] {
+        all.extend(p.records(table).await.into_iter().map(|record| record.value));
+    }
+    all.sort_by_cached_key(key);
+    assert_eq!(all.len(), 20_000 * 3 + 200 + 3);
+    let from = lsn(&all[0]);
+    assert_same("stdout", &lines(&replayed(&p, &["--from", &from, "--sink", "stdout"]).await), &all);
+
+    let (topic, checkpoints) = (format!("{}.again", p.name), [p.config.checkpoint_topic()]);
+    let flags = ["--from", &from, "--sink", "kafka", "--topic", &topic];
+    for _ in 0..3 {
+        let before = kafka::ends(&p.config, &checkpoints).await;
+        let running = p.start(&[&["replay"], &flags[..]].concat());
+        until("a part is in", async || kafka::ends(&p.config, &checkpoints).await[0] > before[0] + 5).await;
+        running.kill();
+    }
+    replayed(&p, &flags).await;
+    let mut found: Vec<_> = kafka::records(&p.config, &topic).await.into_iter().map(|record| record.value).collect();
+    found.sort_by_cached_key(key);
+    assert_same("kafka", &found, &all);
 }
