@@ -15,6 +15,7 @@ mod sinks;
 mod speed;
 mod stack;
 mod table;
+mod warm;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

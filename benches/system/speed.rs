@@ -12,6 +12,7 @@ use crate::plan::{Reader, Workload};
 use crate::reader::{self, Run};
 use crate::report::Verdict;
 use crate::stack::Stack;
+use crate::warm;
 
 /// All that was measured of it.
 #[derive(Default, Serialize)]
@@ -26,9 +27,6 @@ pub struct Speed {
     #[serde(skip)]
     warm: bool,
 }
-
-/// Number of the run that warms up Kafka, in the names that runs have in the servers.
-const WARM_UP: usize = 999;
 
 /// A peer that could not be measured, or not in every round.
 #[derive(Serialize)]
@@ -62,14 +60,13 @@ impl Speed {
         Some(last.chars().take(160).map(|c| if c == '|' { '/' } else { c }).collect())
     }
 
-    /// One reading into Kafka that is not counted: by then the broker's JVM has compiled what the first rounds need.
+    /// Before the first round of all.
     async fn warm_up(&mut self, stack: &Stack, backlog: &Backlog) -> Result<()> {
         if self.warm || !backlog.workload.readers.contains(&Reader::Kafka) {
             return Ok(());
         }
         self.warm = true;
-        let run = reader::run(stack, backlog, Reader::Kafka, WARM_UP).await;
-        run.map(drop).context("warming up Kafka")
+        warm::up(|number| reader::run(stack, backlog, Reader::Kafka, number)).await
     }
 
     /// A B C A B C …: what drifts in the machine meets all readers alike.

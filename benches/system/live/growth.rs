@@ -17,6 +17,7 @@ use crate::reader::{self, Run};
 use crate::report::Verdict;
 use crate::shape::Shape;
 use crate::stack::Stack;
+use crate::warm;
 
 const MILLION: u64 = 1_000_000;
 /// Backlogs in rows, and how often each is read.
@@ -77,9 +78,15 @@ pub async fn measure(stack: &Stack) -> Result<Growth> {
         let backlog = backlog("bench_contents", FIXED, start, end);
         // The usual contents serve for the partitions too; these take turns.
         let partitions = if contents == USUAL.0 { &PARTITIONS[..] } else { &[USUAL.1][..] };
+        if contents == CONTENTS[0] {
+            for partitions in PARTITIONS {
+                warm::up(|number| read(stack, &backlog, partitions, number + 100 * partitions as usize)).await?;
+            }
+        }
         for _ in 0..FIXED.1 {
             for &partitions in partitions {
-                let run = read(stack, &backlog, partitions, &mut number).await?;
+                number += 1;
+                let run = read(stack, &backlog, partitions, number).await?;
                 if partitions == USUAL.1 {
                     growth.add(By::Contents, contents, run.clone());
                 }
@@ -98,7 +105,8 @@ pub async fn measure(stack: &Stack) -> Result<Growth> {
         written = size;
         let backlog = backlog("bench_backlog", (size, rounds), start, end);
         for _ in 0..rounds {
-            let run = read(stack, &backlog, USUAL.1, &mut number).await?;
+            number += 1;
+            let run = read(stack, &backlog, USUAL.1, number).await?;
             growth.add(By::Backlog, size, run);
         }
     }
@@ -126,13 +134,12 @@ fn backlog(slot: &str, (rows, rounds): (u64, usize), start: Lsn, end: Lsn) -> Ba
     Backlog { workload, slot: slot.into(), start, end, row_bytes: RowBytes { text: f64::NAN, binary: f64::NAN } }
 }
 
-async fn read(stack: &Stack, backlog: &Backlog, partitions: i32, number: &mut usize) -> Result<Run> {
-    *number += 1;
+async fn read(stack: &Stack, backlog: &Backlog, partitions: i32, number: usize) -> Result<Run> {
     // Made beforehand, it is what `init` leaves as it is.
-    let topic = stack.config.kafka.topic(&reader::pipeline(backlog, *number), "engagement_events");
+    let topic = stack.config.kafka.topic(&reader::pipeline(backlog, number), "engagement_events");
     kafka::create_topic(&stack.config.kafka, &topic, partitions, &[]).await?;
     let rows = backlog.workload.rows;
-    let run = reader::run(stack, backlog, Reader::Both, *number).await;
+    let run = reader::run(stack, backlog, Reader::Both, number).await;
     let run = run.with_context(|| format!("{rows} rows, {partitions} partitions"))?;
     let (rate, rss) = (run.rows_per_second / 1e3, run.peak_rss as f64 / 1e6);
     eprintln!("bench     growth: {rows} rows, {partitions} partitions: {rate:.0}k rows/s, {rss:.0} MB");
