@@ -29,8 +29,10 @@ use writer::{Began, Encoded, Progress, Todo, Writer};
 
 /// Rows handed to the encoder at once; a fixed number, so that the same range gives the same pages.
 const ROWS: usize = 1024;
-/// … or as soon as their cells hold this many bytes.
+/// … or as soon as their cells hold this many bytes …
 const BYTES: usize = 1 << 20;
+/// … or those of all tables so many: then the table that holds the most goes first.
+const HELD: usize = 2 << 20;
 
 /// The loop's side of the sink.
 pub struct ParquetSink {
@@ -42,6 +44,8 @@ pub struct ParquetSink {
     /// Number of the batch that is being filled.
     batch: u64,
     tables: Vec<Option<(Arc<Layout>, Rows)>>,
+    /// Bytes in the rows of all tables.
+    held: usize,
     full: Vec<(Arc<Layout>, RecordBatch)>,
     open: Option<Open>,
 }
@@ -87,11 +91,10 @@ impl Sink for ParquetSink {
 
     async fn prepare(&mut self, layout: &Arc<Layout>) -> Result<()> {
         // Rows of an older schema of the same table come first, in a file of their own.
-        for slot in &mut self.tables {
-            if let Some((old, mut rows)) = slot.take_if(|(old, _)| old.table == layout.table)
-                && !rows.is_empty()
-            {
-                self.full.push((old, rows.take()?));
+        for old in 0..self.tables.len() {
+            if self.tables[old].as_ref().is_some_and(|(old, _)| old.table == layout.table) {
+                self.cut(old)?;
+                self.tables[old] = None;
             }
         }
         let index = layout.generation as usize;
@@ -104,13 +107,20 @@ impl Sink for ParquetSink {
         if self.start.has(event.at) {
             return Ok(());
         }
-        let Some((layout, rows)) = self.tables.get_mut(event.layout.generation as usize).and_then(Option::as_mut)
-        else {
+        let index = event.layout.generation as usize;
+        let Some((_, rows)) = self.tables.get_mut(index).and_then(Option::as_mut) else {
             return Err(Error::Fatal(format!("event {} before its table was prepared", event.at)));
         };
+        let before = rows.bytes;
         rows.push(event)?;
+        self.held += rows.bytes - before;
         if rows.len() >= ROWS || rows.bytes >= BYTES {
-            self.full.push((Arc::clone(layout), rows.take()?));
+            self.cut(index)?;
+        } else if self.held >= HELD {
+            let bytes = |index: &usize| self.tables[*index].as_ref().map(|(_, rows)| rows.bytes);
+            if let Some(largest) = (0..self.tables.len()).max_by_key(bytes) {
+                self.cut(largest)?;
+            }
         }
         match &mut self.open {
             Some(open) => open.last = event.at,
@@ -132,10 +142,8 @@ impl Sink for ParquetSink {
 
     async fn flush(&mut self, checkpoint: Checkpoint) -> Result<()> {
         let checkpoint = checkpoint.max(self.start);
-        for (layout, rows) in self.tables.iter_mut().flatten() {
-            if !rows.is_empty() {
-                self.full.push((Arc::clone(layout), rows.take()?));
-            }
+        for index in 0..self.tables.len() {
+            self.cut(index)?;
         }
         self.hand_over().await?;
         let todo = match self.open.take() {
@@ -178,8 +186,19 @@ impl ParquetSink {
         let writer = Writer::new(config, work, identity.clone(), progress, encoded.clone());
         let worker = Worker::spawn("archive", config.produce.queue_bytes.0, start, move |orders| writer.run(&orders))?;
         let (seal_bytes, seal_after) = (config.archive.seal_bytes.0, config.archive.seal_after.0);
-        let (batch, tables, full, open) = Default::default();
-        Ok(Self { worker, start, seal_bytes, seal_after, encoded, batch, tables, full, open })
+        let (batch, tables, held, full, open) = Default::default();
+        Ok(Self { worker, start, seal_bytes, seal_after, encoded, batch, tables, held, full, open })
+    }
+
+    /// Makes a record batch of a table's rows.
+    fn cut(&mut self, index: usize) -> Result<()> {
+        if let Some((layout, rows)) = &mut self.tables[index]
+            && !rows.is_empty()
+        {
+            self.held -= rows.bytes;
+            self.full.push((Arc::clone(layout), rows.take()?));
+        }
+        Ok(())
     }
 
     async fn hand_over(&mut self) -> Result<()> {
