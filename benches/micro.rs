@@ -71,7 +71,7 @@ fn enriched<'a>(enricher: &'a mut Enricher, layout: &Layout, bytes: &'a [u8], sc
 
 fn event<'a>(layout: &'a Arc<Layout>, cells: Cells<'a>) -> Event<'a> {
     let at = Position { commit_lsn: Lsn(0x16_B374_D848), ordinal: 42 };
-    Event { at, commit_ts: 1_767_225_600_123_456, op: Op::Create, layout, cells, old_key: None }
+    Event { at, commit_ts: 1_767_225_600_123_456, xid: Some(7), op: Op::Create, layout, cells, old_key: None }
 }
 
 /// A cache of contents, and the layout of the default table's events.

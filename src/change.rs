@@ -54,6 +54,8 @@ pub struct Change<'a> {
     pub at: Position,
     /// Commit time, µs since the Unix epoch.
     pub commit_ts: i64,
+    /// Its transaction, as [`Assembler::xid`].
+    pub xid: u32,
     /// Relation oid.
     pub relation: u32,
     /// The rows.
@@ -162,7 +164,7 @@ impl Assembler {
             Message::Commit { commit_lsn, end_lsn, commit_ts } => self.commit(commit_lsn, end_lsn, commit_ts),
             Message::Logical { transactional, lsn, prefix, content } => {
                 let (at, commit_ts) = self.place_of(transactional, lsn)?;
-                Ok(Step::Message(Sent { at, commit_ts, lsn, prefix, content }))
+                Ok(Step::Message(Sent { at, commit_ts, xid: self.xid(), lsn, prefix, content }))
             }
             Message::Type { oid, namespace, name } => Ok(Step::Type { oid, namespace, name }),
             Message::Origin { .. } => Ok(Step::Other),
@@ -188,7 +190,7 @@ impl Assembler {
         let open = self.open.as_mut().ok_or_else(|| OutOfOrder("a row outside a transaction".into()))?;
         let at = Position { commit_lsn: open.commit_lsn, ordinal: open.next };
         open.next += 1;
-        Ok(Change { at, commit_ts: open.commit_ts, relation, row })
+        Ok(Change { at, commit_ts: open.commit_ts, xid: open.xid, relation, row })
     }
 
     /// Position and commit time of a message. Without a transaction it comes when it is decoded: between two of them.

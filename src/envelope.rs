@@ -2,7 +2,7 @@
 //! documentation has it ("Data change events"), without Kafka Connect's schema.
 //!
 //! What differs, so that the same change gives the same bytes: `ts_ms`, `ts_us` and `ts_ns` beside `op` are the commit's time,
-//! not the clock's; `source.version` names this form and no release; `source.txId` is null, `source.lsn` the commit's LSN.
+//! not the clock's; `source.version` names this form and no release; `source.lsn` is the commit's LSN.
 //! Values are in falaj's own forms. `_id` stands at the end.
 
 use crate::change::Op;
@@ -88,7 +88,12 @@ impl Envelope {
         write_json_string(schema, out);
         out.extend_from_slice(b",\"table\":");
         write_json_string(table, out);
-        out.extend_from_slice(b",\"txId\":null,\"lsn\":");
+        out.extend_from_slice(b",\"txId\":");
+        match event.xid {
+            Some(xid) => out.extend_from_slice(itoa::Buffer::new().format(xid).as_bytes()),
+            None => out.extend_from_slice(b"null"),
+        }
+        out.extend_from_slice(b",\"lsn\":");
         out.extend_from_slice(lsn.as_bytes());
         out.extend_from_slice(b",\"xmin\":null}");
     }
@@ -211,6 +216,7 @@ mod tests {
         let sent = Sent {
             at: Position { commit_lsn: Lsn(46_523_128), ordinal: 0 },
             commit_ts: Some(1_559_033_904_863_879),
+            xid: Some(556),
             lsn: Lsn(46_523_000),
             prefix: "foo",
             content: b"bar",
@@ -219,7 +225,7 @@ mod tests {
         Envelope::new("PostgreSQL_server", "postgres").write(&sent.event(&layout), Part::Whole, &mut out).unwrap();
         assert_eq!(
             String::from_utf8(out).unwrap(),
-            r#"{"source":{"version":"falaj-1","connector":"postgresql","name":"PostgreSQL_server","ts_ms":1559033904863,"ts_us":1559033904863879,"ts_ns":1559033904863879000,"snapshot":false,"db":"postgres","sequence":"[null,\"46523128\"]","schema":"","table":"","txId":null,"lsn":46523128,"xmin":null},"op":"m","ts_ms":1559033904863,"ts_us":1559033904863879,"ts_ns":1559033904863879000,"message":{"prefix":"foo","content":"YmFy"},"_id":"0000000002C5E2F8+0000000002C5E278"}"#
+            r#"{"source":{"version":"falaj-1","connector":"postgresql","name":"PostgreSQL_server","ts_ms":1559033904863,"ts_us":1559033904863879,"ts_ns":1559033904863879000,"snapshot":false,"db":"postgres","sequence":"[null,\"46523128\"]","schema":"","table":"","txId":556,"lsn":46523128,"xmin":null},"op":"m","ts_ms":1559033904863,"ts_us":1559033904863879,"ts_ns":1559033904863879000,"message":{"prefix":"foo","content":"YmFy"},"_id":"0000000002C5E2F8+0000000002C5E278"}"#
         );
     }
 }

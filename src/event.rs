@@ -90,6 +90,8 @@ pub struct Event<'a> {
     pub at: Position,
     /// Commit time, µs since the Unix epoch; see [`Event::commit_time`].
     pub commit_ts: i64,
+    /// Its transaction, where it is known: the archive does not keep it.
+    pub xid: Option<u32>,
     /// What happened.
     pub op: Op,
     /// How it looks.
@@ -331,7 +333,7 @@ mod tests {
 
     fn event<'a>(layout: &'a Arc<Layout>, op: Op, cells: &[Cell<'a>]) -> Event<'a> {
         let at = Position { commit_lsn: Lsn(0x16_B374_D848), ordinal: 3 };
-        Event { at, commit_ts: 946_684_800_000_000, op, layout, cells: cells.into(), old_key: None }
+        Event { at, commit_ts: 946_684_800_000_000, xid: None, op, layout, cells: cells.into(), old_key: None }
     }
 
     fn json(event: &Event<'_>) -> String {

@@ -31,6 +31,8 @@ pub struct Sent<'a> {
     pub at: Position,
     /// Commit time, µs since the Unix epoch; `None` without a transaction.
     pub commit_ts: Option<i64>,
+    /// Its transaction; `None` without one.
+    pub xid: Option<u32>,
     /// End of its WAL record: its identity.
     pub lsn: Lsn,
     /// What the sender filters by.
@@ -51,6 +53,7 @@ impl<'a> Sent<'a> {
         Event {
             at: self.at,
             commit_ts: self.commit_ts.unwrap_or_default(),
+            xid: self.xid,
             op: Op::Message { lsn: self.lsn, transactional },
             layout,
             cells: smallvec![Cell::Text(self.prefix.as_bytes()), text, bytes, flag],
@@ -118,7 +121,7 @@ mod tests {
 
     fn sent(ordinal: u64, lsn: u64, content: &[u8]) -> Sent<'_> {
         let at = Position { commit_lsn: Lsn(0xFF), ordinal };
-        Sent { at, commit_ts: Some(946_684_800_000_000), lsn: Lsn(lsn), prefix: "p", content }
+        Sent { at, commit_ts: Some(946_684_800_000_000), xid: Some(7), lsn: Lsn(lsn), prefix: "p", content }
     }
 
     fn json(sent: Sent<'_>) -> String {
@@ -133,8 +136,12 @@ mod tests {
             json(sent(0, 0xF0, b"a \"b\"")),
             r#"{"prefix":"p","content":"a \"b\"","content_bytes":null,"transactional":true,"_id":"00000000000000FF+00000000000000F0","_op":"m","_table":"_message","_lsn":"0/FF","_commit_ts":"2000-01-01T00:00:00.000000Z"}"#
         );
-        let free =
-            Sent { at: Position { commit_lsn: Lsn(0xEF), ordinal: 0 }, commit_ts: None, ..sent(0, 0xF0, b"\xff") };
+        let free = Sent {
+            at: Position { commit_lsn: Lsn(0xEF), ordinal: 0 },
+            commit_ts: None,
+            xid: None,
+            ..sent(0, 0xF0, b"\xff")
+        };
         assert_eq!(
             json(free),
             r#"{"prefix":"p","content":null,"content_bytes":"\\xff","transactional":false,"_id":"00000000000000EF+00000000000000F0","_op":"m","_table":"_message","_lsn":"0/F0","_commit_ts":null}"#

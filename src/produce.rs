@@ -7,6 +7,7 @@ mod from_bookmark;
 mod held;
 mod lag;
 mod messages;
+mod row;
 mod session;
 mod start;
 mod until;

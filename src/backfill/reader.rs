@@ -86,7 +86,7 @@ impl<'a> Reader<'a> {
         }
         let at = self.shared.position(self.number);
         let (layout, commit_ts) = (&self.table.layout, self.shared.commit_ts);
-        let mut event = Event { at, commit_ts, op: Op::Read, layout, cells: Cells::new(), old_key: None };
+        let mut event = Event { at, commit_ts, xid: None, op: Op::Read, layout, cells: Cells::new(), old_key: None };
         if !row::read(&message, &self.table.columns.forms, &mut event.cells).map_err(|e| self.strange(e))? {
             return Ok(false);
         }

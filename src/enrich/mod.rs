@@ -368,7 +368,7 @@ mod tests {
     }
 
     fn change(at: u64, row: RowChange<'_>) -> Change<'_> {
-        Change { at: Position { commit_lsn: Lsn(at), ordinal: 0 }, commit_ts: 0, relation: 1, row }
+        Change { at: Position { commit_lsn: Lsn(at), ordinal: 0 }, commit_ts: 0, xid: 7, relation: 1, row }
     }
 
     fn joined(e: &mut Enricher, key: Option<&str>) -> Vec<Option<String>> {

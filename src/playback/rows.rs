@@ -174,7 +174,15 @@ impl Rows {
             self.unchanged.iter().for_each(|column| cells[*column] = Cell::Unchanged);
         }
         let old_key = piece.old_key.is_valid(row).then(|| OldKey::Json(piece.old_key.value(row)));
-        Some(Event { at, commit_ts: piece.commit_ts.value(row), op: self.op, layout: &self.layout, cells, old_key })
+        Some(Event {
+            at,
+            commit_ts: piece.commit_ts.value(row),
+            xid: None,
+            op: self.op,
+            layout: &self.layout,
+            cells,
+            old_key,
+        })
     }
 }
 

@@ -45,7 +45,7 @@ fn layout(table: &str) -> std::sync::Arc<Layout> {
 /// A plain row; its cells are told by its position.
 fn plain(layout: &std::sync::Arc<Layout>, at: Position) -> Event<'_> {
     let cells = [Cell::Text(b"7"), Cell::Text(b"x"), Cell::Null, Cell::Null, Cell::Null, Cell::Null];
-    Event { at, commit_ts: 5, op: Op::Create, layout, cells: cells.as_slice().into(), old_key: None }
+    Event { at, commit_ts: 5, xid: None, op: Op::Create, layout, cells: cells.as_slice().into(), old_key: None }
 }
 
 /// A sealed batch with one file; gives the JSON and the key of each event.
@@ -103,6 +103,7 @@ fn every_kind_of_value_and_event_reads_back_with_its_bytes_and_key() {
     let event = |n: u64, op, cells: &[Cell<'static>]| Event {
         at: at(16, n),
         commit_ts: 946_684_800_000_001,
+        xid: None,
         op,
         layout: &layout,
         cells: cells.into(),

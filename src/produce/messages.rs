@@ -27,6 +27,7 @@ pub(super) struct Messages {
 struct Waiting {
     at: Position,
     commit_ts: Option<i64>,
+    xid: Option<u32>,
     lsn: Lsn,
     prefix: String,
     content: Vec<u8>,
@@ -34,8 +35,8 @@ struct Waiting {
 
 impl Waiting {
     fn sent(&self) -> Sent<'_> {
-        let Self { at, commit_ts, lsn, ref prefix, ref content } = *self;
-        Sent { at, commit_ts, lsn, prefix, content }
+        let Self { at, commit_ts, xid, lsn, ref prefix, ref content } = *self;
+        Sent { at, commit_ts, xid, lsn, prefix, content }
     }
 }
 
@@ -66,7 +67,7 @@ impl Messages {
     /// # Errors
     /// [`Error::Refused`] when they are more than memory should hold.
     pub(super) fn wait(&mut self, sent: Sent<'_>) -> Result<()> {
-        let Sent { at, commit_ts, lsn, prefix, content } = sent;
+        let Sent { at, commit_ts, xid, lsn, prefix, content } = sent;
         self.bytes += size_of::<Waiting>() + prefix.len() + content.len();
         if self.bytes > LIMIT {
             return Err(Error::refused(
@@ -77,7 +78,7 @@ impl Messages {
                  produce.messages = false: its messages are left out then",
             ));
         }
-        self.waiting.push(Waiting { at, commit_ts, lsn, prefix: prefix.to_owned(), content: content.to_vec() });
+        self.waiting.push(Waiting { at, commit_ts, xid, lsn, prefix: prefix.to_owned(), content: content.to_vec() });
         Ok(())
     }
 
@@ -112,7 +113,7 @@ mod tests {
     fn too_much_between_two_rows_is_refused() {
         let half = vec![b'x'; LIMIT / 2];
         let at = Position { commit_lsn: Lsn(0xFF), ordinal: 0 };
-        let sent = Sent { at, commit_ts: Some(0), lsn: Lsn(1), prefix: "p", content: &half };
+        let sent = Sent { at, commit_ts: Some(0), xid: Some(7), lsn: Lsn(1), prefix: "p", content: &half };
         let mut messages = Messages::default();
         messages.wait(sent).unwrap();
         assert_eq!(messages.wait(sent).unwrap_err().exit_code(), 78);

@@ -220,7 +220,7 @@ impl KafkaSink {
             value: Some(start..self.records.bytes.len()),
             timestamp: timestamp(event),
             partition: (event.op == Op::Truncate).then_some(0),
-            headers: self.config.kafka.headers.is_some().then(|| cloud_event(event, &self.config.pipeline)),
+            headers: self.headers(event, part).map_err(failed)?,
         };
         if !self.config.kafka.tombstones {
             self.records.list.push(record);
@@ -235,6 +235,20 @@ impl KafkaSink {
         let key = record.key.clone();
         self.records.list.push(record);
         self.bury(event, part, key).map_err(failed)
+    }
+
+    /// CloudEvents where configured; in Debezium's envelope each half of a changed key names the other key.
+    fn headers(&self, event: &Event<'_>, part: Part) -> Converted<Option<OwnedHeaders>> {
+        let headers = self.config.kafka.headers.as_ref().map(|_| cloud_event(event, &self.config.pipeline));
+        let mut other = Vec::new();
+        let name = match part {
+            Part::Whole => return Ok(headers),
+            Part::Gone if event.write_key(&mut other)? => "__debezium.newkey",
+            Part::Come if event.write_previous_key(&mut other)? => "__debezium.oldkey",
+            Part::Gone | Part::Come => return Ok(headers),
+        };
+        let other = Header { key: name, value: Some(&other) };
+        Ok(Some(headers.unwrap_or_default().insert(other)))
     }
 
     /// For compacted topics: a record without value for a key that no row has any more. `key` is that of the event.

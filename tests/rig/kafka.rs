@@ -4,6 +4,7 @@ use falaj::config::Config;
 use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
+use rdkafka::message::{Header, Headers};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::{Message, Offset, TopicPartitionList};
 
@@ -18,6 +19,8 @@ pub struct Record {
     pub value: String,
     /// ms since the Unix epoch.
     pub timestamp: Option<i64>,
+    /// Name and value.
+    pub headers: Vec<(String, String)>,
 }
 
 /// Every committed record of a topic, partition by partition.
@@ -47,6 +50,7 @@ fn read(consumer: &BaseConsumer, topic: &str) -> Vec<Record> {
                 key: m.key().map(|k| String::from_utf8(k.to_vec()).unwrap()),
                 value: String::from_utf8(m.payload().unwrap_or_default().to_vec()).unwrap(),
                 timestamp: m.timestamp().to_millis(),
+                headers: m.headers().map(|all| all.iter().map(header).collect()).unwrap_or_default(),
             }),
             Err(KafkaError::PartitionEOF(_)) => open -= 1,
             Err(e) => panic!("{topic}: {e}"),
@@ -54,6 +58,10 @@ fn read(consumer: &BaseConsumer, topic: &str) -> Vec<Record> {
     }
     records.sort();
     records
+}
+
+fn header(header: Header<'_, &[u8]>) -> (String, String) {
+    (header.key.to_owned(), String::from_utf8(header.value.unwrap_or_default().to_vec()).unwrap())
 }
 
 /// End offsets of all partitions, whatever is committed: they move with the smallest write.

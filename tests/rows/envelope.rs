@@ -10,6 +10,7 @@ const TABLES: &str = "CREATE TABLE customers (id serial PRIMARY KEY, first_name 
      CREATE TABLE inventory.whole (id int PRIMARY KEY, v int, bio text);
      ALTER TABLE inventory.whole ALTER bio SET STORAGE EXTERNAL;
      ALTER TABLE inventory.whole REPLICA IDENTITY FULL;
+     CREATE TABLE transactions (n serial, xid xid);
      CREATE PUBLICATION falaj FOR TABLE customers, inventory.whole";
 
 async fn pipeline(name: &str) -> Pipeline {
@@ -22,12 +23,23 @@ async fn pipeline(name: &str) -> Pipeline {
     p
 }
 
-/// Key and value of each record of a topic with one partition, in its order; `null` is a tombstone.
-async fn records(p: &Pipeline, table: &str) -> Vec<(String, Value)> {
+/// The records of a topic with one partition, in its order.
+async fn ordered(p: &Pipeline, table: &str) -> Vec<kafka::Record> {
     let mut records = p.records(table).await;
     records.sort_by_key(|r| r.offset);
+    records
+}
+
+/// Key and value of each record; `null` is a tombstone.
+async fn records(p: &Pipeline, table: &str) -> Vec<(String, Value)> {
     let value = |record: &kafka::Record| serde_json::from_str(&record.value).unwrap_or(Value::Null);
-    records.iter().map(|r| (r.key.clone().unwrap(), value(r))).collect()
+    ordered(p, table).await.iter().map(|r| (r.key.clone().unwrap(), value(r))).collect()
+}
+
+/// The transactions that [`TABLES`] has noted, in their order.
+async fn xids(p: &Pipeline) -> Vec<String> {
+    let all = p.text("SELECT string_agg(xid::text, ' ' ORDER BY n) FROM transactions").await;
+    all.split(' ').map(str::to_owned).collect()
 }
 
 /// The commit's time in µs and its LSN as a number, as the event itself says them.
@@ -36,12 +48,13 @@ fn stamp(event: &Value) -> (i64, u64) {
 }
 
 /// `source` of an event, every field of it.
-fn source(p: &Pipeline, schema: &str, table: &str, (micros, lsn): (i64, u64)) -> Value {
+fn source(p: &Pipeline, schema: &str, table: &str, found: &Value) -> Value {
+    let (micros, lsn) = stamp(found);
     json!({
         "version": "falaj-1", "connector": "postgresql", "name": p.name,
         "ts_ms": micros / 1000, "ts_us": micros, "ts_ns": micros * 1000,
         "snapshot": false, "db": p.name, "sequence": format!("[null,\"{lsn}\"]"),
-        "schema": schema, "table": table, "txId": null, "lsn": lsn, "xmin": null,
+        "schema": schema, "table": table, "txId": found["source"]["txId"], "lsn": lsn, "xmin": null,
     })
 }
 
@@ -49,7 +62,7 @@ fn source(p: &Pipeline, schema: &str, table: &str, (micros, lsn): (i64, u64)) ->
 fn row(p: &Pipeline, place: (&str, &str), found: &Value, op: &str, before: Value, after: Value) -> Value {
     let at = stamp(found);
     json!({
-        "before": before, "after": after, "source": source(p, place.0, place.1, at), "op": op,
+        "before": before, "after": after, "source": source(p, place.0, place.1, found), "op": op,
         "ts_ms": at.0 / 1000, "ts_us": at.0, "ts_ns": at.0 * 1000, "_id": found["_id"],
     })
 }
@@ -57,11 +70,15 @@ fn row(p: &Pipeline, place: (&str, &str), found: &Value, op: &str, before: Value
 #[tokio::test(flavor = "multi_thread")]
 async fn the_debezium_envelope_is_as_documented() {
     let p = pipeline("debezium").await;
-    p.run("INSERT INTO customers (first_name, bio) VALUES ('Anne', repeat('b', 3000))").await;
-    p.run("UPDATE customers SET first_name = 'Anne Marie'").await;
-    p.run("UPDATE customers SET id = 7").await;
-    p.run("DELETE FROM customers").await;
-    p.run("TRUNCATE customers").await;
+    for sql in [
+        "INSERT INTO customers (first_name, bio) VALUES ('Anne', repeat('b', 3000))",
+        "UPDATE customers SET first_name = 'Anne Marie'",
+        "UPDATE customers SET id = 7",
+        "DELETE FROM customers",
+        "TRUNCATE customers",
+    ] {
+        p.run(&format!("{sql}; INSERT INTO transactions (xid) SELECT pg_current_xact_id()::xid")).await;
+    }
     p.run("INSERT INTO inventory.whole VALUES (1, 1, repeat('b', 3000)); UPDATE inventory.whole SET v = 2; DELETE FROM inventory.whole").await;
     let lsn = p.lsn().await;
     p.produce_until(lsn, &["--envelope", "debezium"]).await;
@@ -73,7 +90,7 @@ async fn the_debezium_envelope_is_as_documented() {
     let truncate = {
         let at = stamp(&found[7].1);
         json!({
-            "source": source(&p, "public", "customers", at), "op": "t",
+            "source": source(&p, "public", "customers", &found[7].1), "op": "t",
             "ts_ms": at.0 / 1000, "ts_us": at.0, "ts_ns": at.0 * 1000, "_id": found[7].1["_id"],
         })
     };
@@ -90,6 +107,14 @@ async fn the_debezium_envelope_is_as_documented() {
     assert_eq!(found.len(), 8);
     assert_eq!(found[..7], expected);
     assert_eq!(found[7].1, truncate);
+    let found_xids: Vec<_> = [0, 1, 2, 4, 5, 7].map(|at| found[at].1["source"]["txId"].to_string()).into();
+    let [insert, update, key, delete, truncate] = &xids(&p).await[..] else { panic!() };
+    assert_eq!(found_xids.iter().collect::<Vec<_>>(), [insert, update, key, key, delete, truncate]);
+    // Each half of the changed key names the other one.
+    let headers: Vec<_> = ordered(&p, "customers").await.into_iter().map(|record| record.headers).collect();
+    let header = |name: &str, key: &str| vec![(format!("__debezium.{name}"), key.to_owned())];
+    assert_eq!([&headers[2], &headers[4]], [&header("newkey", "7"), &header("oldkey", "1")]);
+    assert!([0, 1, 3, 5, 6, 7].iter().all(|at: &usize| headers[*at].is_empty()), "{headers:?}");
 
     let found = records(&p, "inventory.whole").await;
     let whole = |v: u32| json!({"id": 1, "v": v, "bio": big});

@@ -192,6 +192,30 @@ async fn a_tombstone_follows_a_delete_that_is_too_large() {
     assert_eq!(kafka::records(&p.config, &p.config.dead_letter_topic()).await.len(), 2);
 }
 
+/// CloudEvents 1.0, Kafka protocol binding, binary content mode.
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_are_those_of_cloudevents() {
+    let mut p = published(Servers::shared(), "cloud", BIG).await;
+    p.set("FALAJ_KAFKA__HEADERS", "cloudevents");
+    p.run("INSERT INTO big VALUES (1, 'a'); DELETE FROM big").await;
+    p.produce().await;
+    let mut records = p.records("big").await;
+    records.sort_by_key(|record| record.offset);
+    for (record, kind) in records.iter().zip(["c", "d"]) {
+        let event: Value = serde_json::from_str(&record.value).unwrap();
+        let expected = [
+            ("ce_specversion", "1.0"),
+            ("ce_id", id(&record.value)),
+            ("ce_source", &format!("/{}/big", p.name)),
+            ("ce_type", &format!("falaj.{kind}")),
+            ("ce_time", event["_commit_ts"].as_str().unwrap()),
+            ("content-type", "application/json"),
+        ];
+        assert_eq!(record.headers, expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    }
+    assert_eq!(records.len(), 2);
+}
+
 /// Many large rows one behind the other: memory holds a few of them, not all.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_does_not_grow_with_the_number_of_large_rows() {
