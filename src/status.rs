@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::archive;
+use crate::backfill::{self, Told};
 use crate::config::{Config, SinkName};
 use crate::error::{Error, Result};
 use crate::lsn::{Lsn, SlotIdentity};
@@ -42,6 +43,8 @@ pub struct Status {
     pub sinks: Vec<Sink>,
     /// The Parquet archive.
     pub archive: Part<Archive>,
+    /// Each table that a backfill was begun of.
+    pub backfill: Part<Vec<Told>>,
     /// What feeds the board in Redis.
     pub board: Part<Reader>,
     /// What feeds the outside system.
@@ -132,10 +135,11 @@ pub async fn gather(world: &World) -> Status {
         }
         sinks
     };
-    let (slot, mut sinks, archive, board, external, upload) = tokio::join!(
+    let (slot, mut sinks, archive, backfill, board, external, upload) = tokio::join!(
         part(postgres::slot(config)),
         sinks,
         part(blocking(config, archive)),
+        part(backfill::progress(config)),
         part(kafka::board(config)),
         part(kafka::external(config)),
         upload(world),
@@ -148,7 +152,7 @@ pub async fn gather(world: &World) -> Status {
         }
     }
     let as_of = format!("{:.6}", Timestamp::now());
-    Status { as_of, pipeline: config.pipeline.clone(), slot, sinks, archive, board, external, upload }
+    Status { as_of, pipeline: config.pipeline.clone(), slot, sinks, archive, backfill, board, external, upload }
 }
 
 async fn part<T>(asked: impl Future<Output = Result<T>>) -> Part<T> {

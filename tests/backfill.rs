@@ -5,7 +5,7 @@ mod fold;
 use std::collections::BTreeMap;
 
 use falaj::lsn::Lsn;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::rig::stack::Stack;
 use crate::rig::{Pipeline, Servers, archive, assert_same, bigquery, connect, id, kafka, until};
@@ -175,11 +175,30 @@ async fn a_drained_copy_goes_on_where_it_was() {
     copy.signal("-TERM");
     let told = copy.ends_well().await;
     assert!(told.starts_with("stopped after "), "{told}");
+    let stored = p.values("item").await.len();
+    assert!((500..20_000).contains(&stored) && p.rows("item").len() == stored, "{stored}");
+    let status = copied(&p).await;
+    assert_eq!(
+        (&status["table"], &status["finished"], &status["rows"]),
+        (&json!("item"), &json!(false), &json!(stored))
+    );
     let other = p.start(&["backfill", "item", "--where", "id > 5"]).end().await;
     assert!(other.code == Some(78) && other.log.contains("unfinished backfill without --where"), "{}", other.log);
     p.start(&["backfill", "item"]).ends_well().await;
     let all: Vec<i64> = (1..=rows).collect();
     assert!(keys(&p.values("item").await) == all && keys(&p.rows("item")) == all);
+    let status = copied(&p).await;
+    assert_eq!(
+        (&status["finished"], &status["rows"], &status["ranges_done"]),
+        (&json!(true), &json!(rows), &status["ranges"])
+    );
+}
+
+/// What `status` says of the one table that is copied.
+async fn copied(p: &Pipeline) -> Value {
+    let status: Value = serde_json::from_str(&p.start(&["status", "--json"]).ends_well().await).unwrap();
+    assert_eq!(status["backfill"].as_array().unwrap().len(), 1, "{status}");
+    status["backfill"][0].clone()
 }
 
 #[tokio::test(flavor = "multi_thread")]

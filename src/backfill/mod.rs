@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
+use serde::Serialize;
 use tracing::{info, warn};
 
 use crate::cli;
@@ -99,6 +100,38 @@ pub(crate) async fn copy(world: &World, wanted: &[Wanted], speed: Speed, first: 
     }
 }
 
+/// How far the copy of a table is; serializes to a part of `status --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Told {
+    /// Name outside.
+    pub table: String,
+    /// All of it is in every sink.
+    pub finished: bool,
+    /// Rows that every sink has.
+    pub rows: u64,
+    /// Rows when it began, as the planner estimated them.
+    pub estimated_rows: u64,
+    /// Ranges that every sink has whole.
+    pub ranges_done: usize,
+    /// Ranges that the table was cut into.
+    pub ranges: usize,
+}
+
+/// How far each copy is, whether one runs or not, by what the sinks hold.
+///
+/// # Errors
+/// [`Error::Refused`] for a plan or a note that cannot be read; [`Error::Unreachable`] without a broker.
+pub async fn progress(config: &Arc<Config>) -> Result<Vec<Told>> {
+    let plans = Plan::all(&config.state.dir)?;
+    let marks = if plans.is_empty() { Vec::new() } else { outlet::marks(config).await? };
+    let told = |plan: Plan| {
+        let (rows, ranges_done) = plan.stored_in_all(&marks);
+        let (estimated_rows, ranges) = (plan.rows, plan.ranges.len());
+        Told { table: plan.table, finished: plan.finished, rows, estimated_rows, ranges_done, ranges }
+    };
+    Ok(plans.into_iter().map(told).collect())
+}
+
 /// Names of the published tables that have an unfinished plan, and of those that have none at all.
 pub(crate) fn unfinished(world: &World, tables: &[String]) -> Result<(Vec<String>, Vec<String>)> {
     let (mut unfinished, mut unknown) = (Vec::new(), Vec::new());
@@ -144,7 +177,7 @@ async fn session(world: &World, wanted: &[Wanted], speed: Speed, source: Source,
     let jobs = usize::from(speed.jobs);
     let names: Vec<String> = wanted.iter().map(|w| w.table.clone()).collect();
     let mut fenced = Fenced::take(config, jobs.max(Plan::lanes(&config.state.dir)?), &names).await?;
-    let marks = fenced.marks(config).await?;
+    let marks = outlet::marks(config).await?;
     let moment = source.lookups(config).await?;
     let tables = describe(config, &source, wanted, &moment, jobs).await?;
     let items: VecDeque<_> = tables.iter().enumerate().flat_map(|(n, table)| table.plan.left(n, &marks)).collect();

@@ -57,6 +57,26 @@ impl Marks {
     }
 }
 
+/// The marks that the sinks hold, in the order of the configuration.
+pub(super) async fn marks(config: &Arc<Config>) -> Result<Vec<Vec<Mark>>> {
+    let mut all = Vec::new();
+    for name in &config.produce.sinks {
+        let (place, found) = match name {
+            SinkName::Kafka => {
+                let prefix = Mark::prefix(&config.postgres.slot);
+                let records = kafka::read_history(config, prefix).await?;
+                (config.checkpoint_topic(), records.into_values().collect())
+            }
+            SinkName::Archive => {
+                (config.archive.dir.display().to_string(), parquet::read_history(&config.archive.dir)?)
+            }
+        };
+        let parse = |text: &Vec<u8>| serde_json::from_slice(text).map_err(|e| unreadable(&place, e));
+        all.push(found.iter().map(parse).collect::<Result<_>>()?);
+    }
+    Ok(all)
+}
+
 /// The configured sinks, taken over from whoever wrote history there before.
 pub(super) struct Fenced {
     kafka: Vec<kafka::Fenced>,
@@ -70,26 +90,6 @@ impl Fenced {
         let kafka = if has(SinkName::Kafka) { kafka::fence(config, lanes, tables).await? } else { Vec::new() };
         let work = if has(SinkName::Archive) { Some(parquet::fence(config)?) } else { None };
         Ok(Self { kafka, work })
-    }
-
-    /// The marks that the sinks hold, in the order of the configuration.
-    pub async fn marks(&self, config: &Arc<Config>) -> Result<Vec<Vec<Mark>>> {
-        let mut all = Vec::new();
-        for name in &config.produce.sinks {
-            let (place, found) = match name {
-                SinkName::Kafka => {
-                    let prefix = Mark::prefix(&config.postgres.slot);
-                    let records = kafka::read_history(config, prefix).await?;
-                    (config.checkpoint_topic(), records.into_values().collect())
-                }
-                SinkName::Archive => {
-                    (config.archive.dir.display().to_string(), parquet::read_history(&config.archive.dir)?)
-                }
-            };
-            let parse = |text: &Vec<u8>| serde_json::from_slice(text).map_err(|e| unreadable(&place, e));
-            all.push(found.iter().map(parse).collect::<Result<_>>()?);
-        }
-        Ok(all)
     }
 
     /// Opens the sinks of each of `lanes` lanes, in the order of the configuration.

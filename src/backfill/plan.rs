@@ -4,7 +4,7 @@
 //! in `state.dir/backfill/`. What is done does not: each sink keeps a [`Mark`] atomically with the rows, so a crash leaves
 //! nothing between the two.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -139,7 +139,18 @@ impl Plan {
 
     /// Rows that a sink has; of the one that has the most.
     pub fn stored(&self, marks: &[Vec<Mark>]) -> u64 {
-        marks.iter().map(|marks| self.furthest(marks).values().map(|m| m.rows).sum()).max().unwrap_or(0)
+        self.rows_of(marks).max().unwrap_or(0)
+    }
+
+    /// Rows that every sink has, and ranges that every sink has whole.
+    pub fn stored_in_all(&self, marks: &[Vec<Mark>]) -> (u64, usize) {
+        let left: BTreeSet<usize> = self.left(0, marks).iter().map(|item| item.range).collect();
+        (self.rows_of(marks).min().unwrap_or(0), self.ranges.len() - left.len())
+    }
+
+    /// Rows of each sink.
+    fn rows_of(&self, marks: &[Vec<Mark>]) -> impl Iterator<Item = u64> {
+        marks.iter().map(|marks| self.furthest(marks).values().map(|m| m.rows).sum())
     }
 
     /// The furthest of a sink's marks, by range.
@@ -172,20 +183,37 @@ impl Plan {
         }
     }
 
+    /// The plans of all tables, by name. Blocking.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a file that is no plan; [`Error::Fatal`] when the directory cannot be read.
+    pub fn all(state: &Path) -> Result<Vec<Self>> {
+        let dir = state.join("backfill");
+        let failed = |e| Error::fatal(format_args!("reading {}", dir.display()), e);
+        let entries = match fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(failed(e)),
+        };
+        let mut plans = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(failed)?.path();
+            // What is not finished being written has another ending.
+            if path.extension().is_some_and(|ending| ending == "json") {
+                let text = fs::read(&path).map_err(failed)?;
+                plans.push(serde_json::from_slice::<Self>(&text).map_err(|e| refused(&path, e.to_string()))?);
+            }
+        }
+        plans.sort_by(|a, b| a.table.cmp(&b.table));
+        Ok(plans)
+    }
+
     /// The most lanes that any backfill has had: each may have left an open transaction behind. Blocking.
     ///
     /// # Errors
-    /// [`Error::Fatal`] when the directory cannot be read.
+    /// As [`Plan::all`].
     pub fn lanes(state: &Path) -> Result<usize> {
-        let dir = state.join("backfill");
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(0),
-            Err(e) => return Err(Error::fatal(format_args!("reading {}", dir.display()), e)),
-        };
-        let plans =
-            entries.filter_map(|entry| serde_json::from_slice::<Self>(&fs::read(entry.ok()?.path()).ok()?).ok());
-        Ok(plans.map(|plan| plan.lanes).max().unwrap_or(0))
+        Ok(Self::all(state)?.iter().map(|plan| plan.lanes).max().unwrap_or(0))
     }
 
     /// Stores the plan: whole, and on the disk when this returns. Blocking.
@@ -286,6 +314,8 @@ mod tests {
         let kafka =
             vec![mark(0, "10", 10, true), mark(1, "14", 4, false), mark(1, "12", 2, false), mark(2, "25", 5, false)];
         let archive = vec![mark(0, "10", 10, false), mark(2, "25", 5, false)];
+        assert_eq!(plan.stored_in_all(&[kafka.clone(), archive.clone()]), (15, 0));
+        assert_eq!(plan.stored_in_all(&[kafka.clone(), kafka.clone()]), (19, 1));
         assert_eq!(
             shown(&plan.left(0, &[kafka.clone(), archive])),
             [

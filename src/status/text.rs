@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Loaded, Part, Reader, Sink, SinkAt, Slot, Status};
+use super::{Loaded, Part, Reader, Sink, SinkAt, Slot, Status, Told};
 
 /// Several lines, each ended.
 pub(super) fn text(status: &Status) -> String {
@@ -22,6 +22,10 @@ pub(super) fn text(status: &Status) -> String {
             None => format!("none in {}", a.dir),
         }),
     );
+    match &status.backfill {
+        Part::Is(tables) => tables.iter().for_each(|table| line("backfill", copied(table))),
+        Part::Unknown { error } => line("backfill", unknown(error)),
+    }
     line("board", part(&status.board, reader));
     line("external", part(&status.external, reader));
     match &status.upload {
@@ -63,6 +67,14 @@ fn sink(at: &SinkAt) -> String {
     let partial = at.partial.as_ref().map(|p| format!(", within a transaction at {p}")).unwrap_or_default();
     let lag = at.lag_bytes.map(|lag| format!(", {} behind the server", bytes(lag))).unwrap_or_default();
     format!("durable to {position}{partial}{lag}")
+}
+
+fn copied(told: &Told) -> String {
+    let Told { table, finished, rows, estimated_rows, ranges_done, ranges } = told;
+    match finished {
+        true => format!("{table} whole: {rows} rows"),
+        false => format!("{table} not whole: {rows} of about {estimated_rows} rows, {ranges_done} of {ranges} ranges"),
+    }
 }
 
 fn reader(reader: &Reader) -> String {
@@ -111,6 +123,14 @@ mod tests {
             }),
             sinks: vec![Sink { name: "kafka", at: Part::Unknown { error: "kafka\n  found: none".into() } }],
             archive: Part::Is(super::super::Archive { dir: "archive".into(), batches: 0, last: None }),
+            backfill: Part::Is(vec![Told {
+                table: "t".into(),
+                finished: false,
+                rows: 7,
+                estimated_rows: 30,
+                ranges_done: 0,
+                ranges: 3,
+            }]),
             board: Part::Unknown { error: "away".into() },
             external: Part::Unknown { error: "away".into() },
             upload: None,
@@ -121,6 +141,7 @@ mod tests {
              slot       s acknowledged to 0/2000, 4.1 kB behind the server (0/3000); 16.0 MB of WAL kept, reserved; nobody reads it\n\
              kafka      not known: kafka found: none\n\
              batches    none in archive\n\
+             backfill   t not whole: 7 of about 30 rows, 0 of 3 ranges\n\
              board      not known: away\n\
              external   not known: away\n\
              bigquery   no project: nothing is uploaded\n"

@@ -221,7 +221,9 @@ impl TableReport {
     fn write_left_out(&self, text: &mut String) {
         let Self { table, changed_since, older_than_slot, in_part, .. } = self;
         if *changed_since > 0 {
-            *text += &format!("           {changed_since} rows were changed since, and were not compared\n");
+            *text += &format!(
+                "           {changed_since} rows were changed or backfilled after that LSN, and were not compared\n"
+            );
         }
         if *older_than_slot > 0 {
             *text += &format!(
