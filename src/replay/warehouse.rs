@@ -7,7 +7,7 @@
 use super::walk::tables;
 use crate::cli;
 use crate::error::{Error, Result};
-use crate::playback::{Range, batches};
+use crate::playback::Range;
 use crate::upload::{self, copy::Part};
 use crate::world::World;
 
@@ -27,7 +27,6 @@ pub(super) async fn run(world: &World, range: Range, name: Option<&str>) -> Resu
             tables.join(", ")
         )));
     }
-    refuse_copies(world, range)?;
     refuse_live(name, &tables)?;
     let part = Part { from: range.from, to: range.to };
     let rows = tokio::select! {
@@ -50,21 +49,6 @@ fn refuse_live(name: &str, tables: &[String]) -> Result<()> {
             format!("{name:?} is the name of the stream's own table {table:?}"),
             "a table of its own: in the stream's the rows would stand twice",
             format!("--table {table}_replay, or no --table: then what is not loaded yet is loaded"),
-        )),
-    }
-}
-
-/// Rows of a backfill stand between those of the stream, and a table's jobs go in one order.
-fn refuse_copies(world: &World, range: Range) -> Result<()> {
-    let within = |lsn| (range.from..=range.to).contains(&lsn);
-    let copies = batches(&world.config.archive.dir)?;
-    match copies.iter().find(|batch| !batch.is_streamed() && within(batch.first.commit_lsn)) {
-        None => Ok(()),
-        Some(batch) => Err(Error::refused(
-            "replay_backfill",
-            format!("the range has backfilled rows at {} ({})", batch.first.commit_lsn, batch.path.display()),
-            "a range of streamed changes alone, for a new BigQuery table",
-            "replay the ranges before and behind it, each into a table of its own",
         )),
     }
 }

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use super::bigquery::{Answer, BigQuery};
 use super::files::Source;
+use super::history::History;
 use super::media::CHECK;
 use super::record::{Record, Records, Turn, hash};
 use super::table::{TableLoad, label};
@@ -40,9 +41,11 @@ pub async fn run(world: &World, part: Part, name: impl Fn(&str) -> String) -> Re
     let service = BigQuery::new(&world.config.bigquery, project).await?;
     world.at_start(CHECK, || service.ensure_dataset()).await?;
     let mut rows = 0;
-    for (table, Sealed { stream: mut files, .. }) in sealed(&world.config.archive.dir)? {
+    for (table, Sealed { stream: mut files, mut history }) in sealed(&world.config.archive.dir)? {
         files.retain(|(b, _)| b.first.commit_lsn <= part.to && b.last.commit_lsn >= part.from);
-        if files.is_empty() {
+        // All rows of such a batch have one commit LSN, so it is within the part as a whole.
+        history.retain(|(b, _)| (part.from..=part.to).contains(&b.first.commit_lsn));
+        if files.is_empty() && history.is_empty() {
             continue;
         }
         let name = name(&table);
@@ -57,7 +60,7 @@ pub async fn run(world: &World, part: Part, name: impl Fn(&str) -> String) -> Re
             records: &records,
             table: &table,
             files: &files,
-            history: &Vec::new(),
+            history: &history,
             once: true,
             copy: Some(part),
         };
@@ -82,12 +85,13 @@ pub(super) async fn begin(
         (Some(record), Some(table)) if label(&table) == Some(&chain::short_owner(&record.owner)) => record,
         (_, Some(_)) => return Err(not_new(table_id, part)),
         (_, None) => {
-            let Some(file) = load.files.first() else { return Ok(None) };
+            let Some(file) = load.files.first().or(load.history.first()) else { return Ok(None) };
             let origin = chain::owner(&Source::open(&file.1.path)?.origin, load.table);
             let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
             let owner = hash(&format!("{origin} {table_id} {} {}", part.from, since.as_nanos()));
             let before = Position { commit_lsn: Lsn(part.from.0.saturating_sub(1)), ordinal: u64::MAX };
             let record = Record { loaded: Some(before), ..Record::new(load.table, &load.service.target(), &owner) };
+            turn.write_history(&History::default())?;
             turn.write(&record)?;
             record
         }

@@ -80,7 +80,11 @@ impl TableLoad<'_> {
         let (begun, path) = (Instant::now(), file.path.clone());
         let source = spawn_blocking(move || Source::open(&path)).await;
         let source = source.map_err(|e| Error::fatal("reading a footer", e))??;
-        let chain = self.chain(&source, table_id);
+        let mut chain = self.chain(&source, table_id);
+        // That of a replay's record.
+        if let (Some(_), Some(record)) = (self.copy, turn.read()) {
+            chain.owner = record.owner;
+        }
         let fields = self.ensure_table(&chain, &source).await?;
         let is_there = || self.service.has_history(table_id, batch.first, batch.last);
         if lost && self.world.for_ever(CHECK, is_there).await? {

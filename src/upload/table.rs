@@ -79,9 +79,6 @@ impl TableLoad<'_> {
     pub async fn run(&self, table_id: &str) -> Result<Outcome> {
         let Some(turn) = self.take().await? else { return Ok(Outcome::default()) };
         let stream = self.run_stream(&turn, table_id).await?;
-        if self.copy.is_some() {
-            return Ok(stream);
-        }
         let history = self.run_history(&turn, table_id).await?;
         Ok(Outcome { jobs: stream.jobs + history.jobs, rows: stream.rows + history.rows })
     }

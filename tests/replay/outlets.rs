@@ -121,6 +121,36 @@ async fn bigquery_is_not_doubled_and_a_new_table_has_the_range_once() {
     assert_eq!(one.code, Some(2), "{one:?}");
 }
 
+/// Backfilled rows of the range are loaded too, once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_table_has_the_backfilled_rows_of_the_range_once() {
+    let p = Pipeline::new("rp_history").await;
+    load::mixed(&p, 500, 71).await;
+    p.produce().await;
+    p.start(&["backfill", "engagement_events"]).ends_well().await;
+    load::titles(&p).await;
+    p.produce().await;
+    let rows = p.rows("engagement_events");
+    let copies: Vec<_> = rows.iter().filter(|row| row.contains(r#""_op":"r""#)).cloned().collect();
+    assert!(copies.len() >= 400 && rows.len() > 2 * copies.len(), "{} {}", copies.len(), rows.len());
+    let (first, copy) = (lsn(&values(&p, &check::TABLES).await[0]), lsn(&copies[0]));
+    for (flags, name, expected) in
+        [(&["--from", &first][..], "{table}_all", &rows), (&["--from", &copy, "--to", &copy], "{table}_copy", &copies)]
+    {
+        let mut expected: Vec<_> = expected.iter().map(|row| id(row).to_owned()).collect();
+        expected.sort();
+        let table = name.replace("{table}", "engagement_events");
+        for round in 0..3 {
+            if round == 2 {
+                drop_table(&p, &table).await;
+            }
+            replayed(&p, &[flags, &["--sink", "bigquery", "--table", name]].concat()).await;
+            let ids = bigquery::rows(&p, "_id", &table, "_id").await;
+            assert_same(&table, &ids.into_iter().map(|mut row| row.remove(0).unwrap()).collect::<Vec<_>>(), &expected);
+        }
+    }
+}
+
 async fn drop_table(p: &Pipeline, table: &str) {
     let path = format!("bigquery/v2/projects/{}/datasets/{}/tables/{table}", bigquery::PROJECT, p.name);
     let answer = reqwest::Client::new().delete(format!("{}/{path}", p.env[BIGQUERY])).send().await.unwrap();
