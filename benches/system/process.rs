@@ -238,6 +238,15 @@ pub fn cpu_seconds(pid: u32) -> Option<f64> {
     Stat::read(pid).map(|s| s.cpu_seconds)
 }
 
+/// CPU seconds that all cores together have worked, whoever for, since the machine came up.
+pub fn machine_cpu_seconds() -> Result<f64> {
+    let stat = fs::read_to_string("/proc/stat")?;
+    let ticks = |at| stat.split_whitespace().nth(at)?.parse::<f64>().ok();
+    // "cpu", user, nice, system, idle, iowait, irq, softirq, steal (proc(5)).
+    let worked: Option<f64> = [1, 2, 3, 6, 7, 8].into_iter().map(ticks).sum();
+    Ok(worked.context("/proc/stat")? / TICKS_PER_SECOND)
+}
+
 /// Fields of /proc/PID/stat (proc(5)).
 struct Stat {
     state: String,

@@ -32,17 +32,26 @@ const RATIO_LEAST: f64 = 0.9;
 pub struct Backfill {
     /// Rows of the table.
     pub rows: u64,
-    /// Seconds of the parallel `COPY`s, of each round.
-    pub copy_seconds: Vec<f64>,
+    /// The parallel `COPY`s, of each round.
+    pub copies: Vec<Span>,
     /// Each copy by falaj.
     pub runs: Vec<Run>,
+}
+
+/// How long something took, and how much of the machine.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Span {
+    /// From start to exit of the processes.
+    pub seconds: f64,
+    /// CPU seconds of all cores, whoever worked: clients, Postgres, broker.
+    pub worked: f64,
 }
 
 /// One copy by falaj, into empty sinks.
 #[derive(Debug, Serialize)]
 pub struct Run {
-    /// From start to exit of the process.
-    pub seconds: f64,
+    /// Start-up included.
+    pub span: Span,
     /// What it cost.
     pub cpu: Cpu,
     /// Peak resident memory in bytes.
@@ -60,29 +69,29 @@ pub async fn measure(stack: &Stack, quick: bool) -> Result<Backfill> {
     rows::reset(stack, CONTENTS).await?;
     rows::write(stack, 1, count, CONTENTS).await?;
     stack.execute(&format!("VACUUM ANALYZE {TABLE}")).await?;
-    let mut found = Backfill { rows: count, copy_seconds: Vec::new(), runs: Vec::new() };
+    let mut found = Backfill { rows: count, copies: Vec::new(), runs: Vec::new() };
     for round in 1..=rounds {
-        let seconds = copy(stack).await?;
+        let span = copy(stack).await?;
         eprintln!(
             "bench     backfill, round {round} of {rounds}: {JOBS} × COPY   {:.0}k rows/s",
-            count as f64 / seconds / 1e3
+            count as f64 / span.seconds / 1e3
         );
-        found.copy_seconds.push(seconds);
+        found.copies.push(span);
         let run = backfill(stack, round).await?;
         eprintln!(
             "bench     backfill, round {round} of {rounds}: backfill   {:.0}k rows/s",
-            count as f64 / run.seconds / 1e3
+            count as f64 / run.span.seconds / 1e3
         );
         found.runs.push(run);
     }
     Ok(found)
 }
 
-/// Each half of the table in a session of its own, at the same time; gives the seconds until the last has ended.
-async fn copy(stack: &Stack) -> Result<f64> {
+/// Each half of the table in a session of its own, at the same time, until the last has ended.
+async fn copy(stack: &Stack) -> Result<Span> {
     let bounds = format!("SELECT (min(id) + (max(id) - min(id)) / {JOBS})::text FROM {TABLE}");
     let middle: u64 = stack.ask(&bounds).await?.parse()?;
-    let began = Instant::now();
+    let (began, worked) = (Instant::now(), process::machine_cpu_seconds()?);
     let halves: Vec<Child> = [format!("id <= {middle}"), format!("id > {middle}")]
         .iter()
         .map(|half| {
@@ -97,7 +106,7 @@ async fn copy(stack: &Stack) -> Result<f64> {
     for mut half in halves {
         ensure!(half.wait()?.success(), "psql: COPY has failed");
     }
-    Ok(began.elapsed().as_secs_f64())
+    Ok(Span { seconds: began.elapsed().as_secs_f64(), worked: process::machine_cpu_seconds()? - worked })
 }
 
 async fn backfill(stack: &Stack, round: usize) -> Result<Run> {
@@ -107,18 +116,20 @@ async fn backfill(stack: &Stack, round: usize) -> Result<Run> {
     tokio::task::block_in_place(|| process::run(init, stack.servers)).context("making the slot")?;
     let mut command = falaj(stack, &name, &name, "kafka,archive");
     command.args(["backfill", TABLE, "--jobs", &JOBS.to_string()]);
+    let worked = process::machine_cpu_seconds()?;
     let finished = tokio::task::block_in_place(|| process::run(command, stack.servers))?;
+    let span = Span { seconds: finished.seconds, worked: process::machine_cpu_seconds()? - worked };
     let mut found = sinks::count(stack, Reader::Both, &name, Shape::Inserts).await?;
     let mut content = |sink| found.remove(sink).context(sink);
     let (kafka, archive) = (content("kafka")?, content("archive")?);
     stack.drop_slot(&name).await?;
     sinks::remove(stack, &name).await?;
-    Ok(Run { seconds: finished.seconds, cpu: finished.cpu, peak_rss: finished.peak_rss, kafka, archive })
+    Ok(Run { span, cpu: finished.cpu, peak_rss: finished.peak_rss, kafka, archive })
 }
 
 impl Backfill {
     fn ratio(&self) -> f64 {
-        median(self.copy_seconds.iter().copied()) / median(self.runs.iter().map(|run| run.seconds))
+        median(self.copies.iter().map(|span| span.seconds)) / median(self.runs.iter().map(|run| run.span.seconds))
     }
 
     /// Each row once in either sink, and none as something that the stream would have brought.
@@ -131,22 +142,24 @@ impl Backfill {
     pub fn markdown(&self) -> String {
         let rate = |seconds: f64| self.rows as f64 / seconds / 1e3;
         let of = |figure: fn(&Run) -> f64| median(self.runs.iter().map(figure));
+        let copy = |figure: fn(&Span) -> f64| median(self.copies.iter().map(figure));
+        let (copied, ours) = (copy(|span| span.seconds), of(|run| run.span.seconds));
         let mut out = String::new();
         // Writing into a string does not fail.
         let _ = write!(
             out,
             "### Backfill of {} rows, {JOBS} jobs, {CONTENTS} contents; {} round(s)\n\n\
-             | | rows/s, median | ratio | s | CPU s: falaj | broker | peak RSS, MB | in Kafka and archive |\n\
-             |---|--:|--:|--:|--:|--:|--:|---|\n\
-             | {JOBS} × COPY … TO STDOUT >/dev/null | {:.0}k | 1.00 | {:.2} | – | – | – | – |\n\
-             | backfill → Kafka + archive | {:.0}k | {:.2} | {:.2} | {:.2} | {:.2} | {:.0} | {} |\n",
+             | | rows/s, median | ratio | s | CPU s: all cores | falaj | broker | peak RSS, MB | in Kafka and archive |\n\
+             |---|--:|--:|--:|--:|--:|--:|--:|---|\n\
+             | {JOBS} × COPY … TO STDOUT >/dev/null | {:.0}k | 1.00 | {copied:.2} | {:.2} | – | – | – | – |\n\
+             | backfill → Kafka + archive | {:.0}k | {:.2} | {ours:.2} | {:.2} | {:.2} | {:.2} | {:.0} | {} |\n",
             self.rows,
             self.runs.len(),
-            rate(median(self.copy_seconds.iter().copied())),
-            median(self.copy_seconds.iter().copied()),
-            rate(of(|run| run.seconds)),
+            rate(copied),
+            copy(|span| span.worked),
+            rate(ours),
             self.ratio(),
-            of(|run| run.seconds),
+            of(|run| run.span.worked),
             of(|run| run.cpu.client),
             of(|run| run.cpu.broker),
             self.runs.iter().map(|run| run.peak_rss).max().unwrap_or_default() as f64 / 1e6,
