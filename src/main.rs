@@ -51,11 +51,11 @@ fn main() -> ExitCode {
 
 /// Two arenas for all threads: buffers are filled by one thread and freed by another, and each arena more keeps what it
 /// once held. What a large row takes goes back to the system at once: left alone, malloc takes such blocks from the heap
-/// as soon as the first has been freed, and the heap keeps the holes.
+/// as soon as the first has been freed, and the heap keeps the holes. So does its end, once it is free.
 fn bound_heap() {
     #[cfg(target_env = "gnu")]
     for (what, value) in
-        [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, LARGE_BLOCK), (libc::M_TRIM_THRESHOLD, 2 * LARGE_BLOCK)]
+        [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, LARGE_BLOCK), (libc::M_TRIM_THRESHOLD, LARGE_BLOCK / 2)]
     {
         // SAFETY: no other thread runs yet; a value that is refused changes nothing.
         unsafe { libc::mallopt(what, value) };
