@@ -26,8 +26,8 @@ const DEMO_DRAIN: Duration = Duration::from_secs(60);
 const LARGE_BLOCK: i32 = 4 << 20;
 
 fn main() -> ExitCode {
-    bound_heap();
     let cli = Cli::parse();
+    bound_heap(&cli.verb);
     log_to_stderr();
     // pgwire-replication brings ring and other crates aws-lc-rs: with both compiled in, rustls needs one to be named.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -50,17 +50,25 @@ fn main() -> ExitCode {
 }
 
 /// Two arenas for all threads: buffers are filled by one thread and freed by another, and each arena more keeps what it
-/// once held. What a large row takes goes back to the system at once: left alone, malloc takes such blocks from the heap
-/// as soon as the first has been freed, and the heap keeps the holes. So does its end, once it is free.
-fn bound_heap() {
-    #[cfg(target_env = "gnu")]
-    for (what, value) in
-        [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, LARGE_BLOCK), (libc::M_TRIM_THRESHOLD, LARGE_BLOCK / 2)]
-    {
+/// once held.
+///
+/// Where rows come from Postgres, what a large one takes goes back to the system at once: left alone, malloc takes such
+/// blocks from the heap as soon as the first has been freed, and the heap keeps the holes. So does its end, once it is free.
+/// `consume` has no large rows, and would only take back what it has just given.
+#[cfg(target_env = "gnu")]
+fn bound_heap(verb: &Verb) {
+    let mut options = vec![(libc::M_ARENA_MAX, 2)];
+    if let Verb::Produce(_) | Verb::Backfill(_) | Verb::Init(_) | Verb::Run | Verb::Demo(_) = verb {
+        options.extend([(libc::M_MMAP_THRESHOLD, LARGE_BLOCK), (libc::M_TRIM_THRESHOLD, LARGE_BLOCK / 2)]);
+    }
+    for (what, value) in options {
         // SAFETY: no other thread runs yet; a value that is refused changes nothing.
         unsafe { libc::mallopt(what, value) };
     }
 }
+
+#[cfg(not(target_env = "gnu"))]
+fn bound_heap(_: &Verb) {}
 
 async fn run(cli: Cli) -> Result<()> {
     let file = cli.config.as_deref().or_else(|| Some(Path::new("falaj.toml")).filter(|p| p.exists()));
