@@ -35,7 +35,7 @@ async fn trace(p: &Pipeline) -> Trace {
     let slot = format!("SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{}'", p.name);
     let exists = format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{}'", p.name);
     Trace {
-        ends: kafka::ends(&p.config, &topics).await,
+        ends: kafka::settled_ends(&p.config, &topics).await,
         files: archive::files(&p.archive()),
         idle: std::fs::read_to_string(p.archive().join("position.json")).ok(),
         confirmed: if p.text(&exists).await == "1" { p.text(&slot).await } else { "no slot".into() },

@@ -8,7 +8,7 @@ use rdkafka::message::{Header, Headers};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::{Message, Offset, TopicPartitionList};
 
-use super::DEADLINE;
+use super::{DEADLINE, until};
 
 /// One record of a topic.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -64,10 +64,25 @@ fn header(header: Header<'_, &[u8]>) -> (String, String) {
     (header.key.to_owned(), String::from_utf8(header.value.unwrap_or_default().to_vec()).unwrap())
 }
 
-/// End offsets of all partitions, whatever is committed: they move with the smallest write.
+/// Ends of all partitions for a reader of what is committed.
 pub async fn ends(config: &Config, topics: &[String]) -> Vec<i64> {
+    ends_at(config, topics, "read_committed").await
+}
+
+/// Ends of all partitions, once no transaction is open in any: a broker answers a commit before each partition has its mark.
+pub async fn settled_ends(config: &Config, topics: &[String]) -> Vec<i64> {
+    let mut found = Vec::new();
+    until("every transaction has ended", async || {
+        found = ends_at(config, topics, "read_uncommitted").await;
+        found == ends(config, topics).await
+    })
+    .await;
+    found
+}
+
+async fn ends_at(config: &Config, topics: &[String], isolation: &str) -> Vec<i64> {
     let mut client = falaj::kafka::client(&config.kafka);
-    client.set("group.id", "unused");
+    client.set("group.id", "unused").set("isolation.level", isolation);
     let topics = topics.to_vec();
     let work = move || {
         let consumer: BaseConsumer = client.create().unwrap();
@@ -101,7 +116,7 @@ pub async fn configure(config: &Config, topic: &str, key: &str, value: &str) {
     let (resource, options) = (ResourceSpecifier::Topic(topic), AdminOptions::new());
     let alter = AlterConfig::new(resource).set(key, value);
     admin.alter_configs([&alter], &options).await.unwrap().remove(0).unwrap();
-    super::until("the topic has the setting", async || {
+    until("the topic has the setting", async || {
         let described = admin.describe_configs([&resource], &options).await.unwrap().remove(0).unwrap();
         described.get(key).and_then(|entry| entry.value.as_deref()) == Some(value)
     })
