@@ -1,7 +1,6 @@
 //! What has to hold: a table. A new bar is a new line here.
 
 use crate::plan::{HUNDRED, MANY, ONE, Reader};
-use crate::shape::Shape;
 
 /// A reader's median rate, divided by another's in the same run.
 #[derive(Clone, Copy, Debug)]
@@ -48,11 +47,8 @@ pub const BARS: [Bar; 13] = [
     bar(HUNDRED, Reader::Kafka, 8.0, Pace::Of(Reader::DebeziumExactlyOnce)),
 ];
 
-/// The most that `produce` may hold resident in any run of a workload, in MB (10⁶ bytes). Each further table that is being
-/// written has an encoder, and so zstd contexts, a column.
-pub fn produce_rss_mb(shape: Shape) -> f64 {
-    64.0 + (shape.tables().len() - 1) as f64
-}
+/// The most that `produce` may hold resident in any run of any workload, in MB (10⁶ bytes).
+pub const PRODUCE_RSS_MB: f64 = 64.0;
 
 impl Pace {
     /// Whose rate it is.

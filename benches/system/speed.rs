@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::bars::{BARS, Bar, Pace, produce_rss_mb};
+use crate::bars::{BARS, Bar, PRODUCE_RSS_MB, Pace};
 use crate::load::{Backlog, RowBytes};
 use crate::peer;
 use crate::plan::{Reader, Workload};
@@ -122,7 +122,7 @@ impl Speed {
     /// Each bar of this run's workloads and readers, what `produce` holds resident, and that every sink holds every row once.
     pub fn verdicts(&self) -> Vec<Verdict> {
         let ratios = BARS.iter().filter(|bar| self.is_planned(bar)).map(|bar| self.verdict(bar));
-        let memory = self.workloads.iter().filter_map(|(workload, _)| self.memory(workload));
+        let memory = self.workloads.iter().filter_map(|(workload, _)| self.memory(workload.name));
         let mut verdicts: Vec<Verdict> = ratios.chain(memory).collect();
         verdicts.extend(self.exactness());
         verdicts
@@ -160,13 +160,12 @@ impl Speed {
     }
 
     /// The run of `produce` that held the most.
-    fn memory(&self, workload: &Workload) -> Option<Verdict> {
-        let (name, limit) = (workload.name, produce_rss_mb(workload.shape));
-        let runs = self.runs.iter().filter(|run| run.workload == name && run.reader.sinks().is_some());
+    fn memory(&self, workload: &str) -> Option<Verdict> {
+        let runs = self.runs.iter().filter(|run| run.workload == workload && run.reader.sinks().is_some());
         let most = runs.max_by_key(|run| run.peak_rss)?;
         let mb = most.peak_rss as f64 / 1e6;
-        let text = format!("{name}, {}: peak RSS {mb:.0} MB, needed ≤ {limit:.0} MB", most.reader);
-        Some(Verdict { text, held: mb <= limit })
+        let text = format!("{workload}, {}: peak RSS {mb:.0} MB, needed ≤ {PRODUCE_RSS_MB:.0} MB", most.reader);
+        Some(Verdict { text, held: mb <= PRODUCE_RSS_MB })
     }
 
     /// Of falaj's runs; what a peer has lost or doubled is in its table.
