@@ -9,7 +9,6 @@ use serde::Serialize;
 
 use super::applied::{Applied, Watch};
 use super::at_most;
-use super::peer;
 use super::readable::{Readable, Seen};
 use super::role::Role;
 use crate::process;
@@ -21,8 +20,6 @@ use crate::stack::Stack;
 /// Rows a second. The quick bench takes the middle one.
 const RATES: [u64; 3] = [200, 2000, 20_000];
 const QUICK_RATE: u64 = 2000;
-/// Those at which falaj must not be slower than Debezium, where the peers are measured.
-const PEER_RATES: [u64; 2] = [200, 2000];
 /// How long each is written.
 const LENGTH: Duration = Duration::from_secs(35);
 const QUICK_LENGTH: Duration = Duration::from_secs(15);
@@ -80,8 +77,6 @@ pub struct Latency {
     pub produce_cores: f64,
     /// Cores that `consume` took.
     pub consume_cores: f64,
-    /// To Kafka through Debezium, or why there is no figure; `None` where it was not asked for.
-    pub debezium: Option<Result<Spread, String>>,
 }
 
 /// Milliseconds from commit, over all events.
@@ -100,25 +95,19 @@ pub struct Spread {
 }
 
 /// Each rate in turn, with a pipeline of its own.
-pub async fn measure(stack: &Stack, quick: bool, with_peers: bool) -> Result<Vec<Latency>> {
+pub async fn measure(stack: &Stack, quick: bool) -> Result<Vec<Latency>> {
     let (rates, length) = if quick { (&[QUICK_RATE][..], QUICK_LENGTH) } else { (&RATES[..], LENGTH) };
     let mut found = Vec::new();
     for &rate in rates {
         eprintln!("bench     latency at {rate} events/s for {} s", length.as_secs());
         let pipeline = format!("bench_latency_{rate}");
         let latency = tokio::task::block_in_place(|| run(stack, &pipeline, rate, length));
-        let mut latency = latency.with_context(|| format!("{rate} events/s"))?;
+        let latency = latency.with_context(|| format!("{rate} events/s"))?;
         for (to, spread) in [("Kafka", &latency.kafka), ("Redis", &latency.redis)] {
             eprintln!("bench     → {to}: p50 {:.1}, p99 {:.1}, max {:.1} ms", spread.p50, spread.p99, spread.max);
         }
         stack.drop_slot(&pipeline).await?;
         sinks::remove(stack, &pipeline).await?;
-        if with_peers && !quick && PEER_RATES.contains(&rate) {
-            eprintln!("bench     latency of Debezium at {rate} events/s for {} s", length.as_secs());
-            // What a peer lacks here is no reason to stop: falaj is what is measured.
-            latency.debezium = Some(peer::measure(stack, rate, length).await.map_err(|error| format!("{error:#}")));
-            eprintln!("bench     Debezium: {:?}", latency.debezium);
-        }
         found.push(latency);
     }
     Ok(found)
@@ -158,7 +147,6 @@ fn run(stack: &Stack, pipeline: &str, rate: u64, length: Duration) -> Result<Lat
         consume_rss: consume.rss,
         produce_cores: produce.cpu / load.seconds,
         consume_cores: consume.cpu / load.seconds,
-        debezium: None,
     })
 }
 
@@ -224,19 +212,6 @@ impl Latency {
             };
             verdicts.push(at_most(&format!("commit → {to:?} at {rate} events/s, {name}"), found, *most, "ms"));
         }
-        match &self.debezium {
-            None => {}
-            Some(Err(why)) => verdicts.push(Verdict {
-                text: format!("commit → Kafka at {rate} events/s beside Debezium, which has no figure: {why}"),
-                held: false,
-            }),
-            Some(Ok(theirs)) => {
-                for (name, ours, theirs) in [("p50", self.kafka.p50, theirs.p50), ("p99", self.kafka.p99, theirs.p99)] {
-                    let text = format!("commit → Kafka at {rate} events/s beside Debezium, {name}");
-                    verdicts.push(at_most(&text, ours, (theirs * 10.0).round() / 10.0, "ms"));
-                }
-            }
-        }
         verdicts
     }
 
@@ -274,10 +249,6 @@ pub fn markdown(found: &[Latency]) -> String {
             ("Redis, on the board", redis, format!("– | {consume}")),
         ] {
             let _ = writeln!(out, "| {rate} | {to} | {p50:.1} | {p95:.1} | {p99:.1} | {max:.1} | {events} | {cost} |");
-        }
-        if let Some(Ok(Spread { p50, p95, p99, max, counts })) = &latency.debezium {
-            let (to, events): (_, u64) = ("Kafka, by Debezium", counts.iter().sum());
-            let _ = writeln!(out, "| {rate} | {to} | {p50:.1} | {p95:.1} | {p99:.1} | {max:.1} | {events} | – | – |");
         }
     }
     out.push_str("\nShare of the events by latency:\n\n```\n");

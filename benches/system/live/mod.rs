@@ -3,10 +3,10 @@
 
 mod applied; //   when the board has counted what
 mod backfill; //  history → Kafka and archive
+mod beside; //    commit → readable, and Debezium's
 mod board; //     Kafka → Redis
 mod growth; //    backlogs, contents, partitions
 mod latency; //   commit → readable, commit → on the board
-mod peer; //      Debezium's latency
 mod plot; //      bars as SVG
 mod readable; //  when Kafka lets whom read what
 mod recovery; //  start, SIGKILL
@@ -27,6 +27,8 @@ use crate::stack::Stack;
 pub struct Live {
     /// Commit → Kafka and → Redis, by rate.
     pub latency: Option<Vec<latency::Latency>>,
+    /// Commit → Kafka alone, by rate, with the peer's.
+    pub beside: Option<Vec<beside::Beside>>,
     /// Start and crash.
     pub recovery: Option<recovery::Recovery>,
     /// Kafka → Redis.
@@ -39,9 +41,12 @@ pub struct Live {
 
 /// Measures the chosen parts.
 pub async fn measure(stack: &Stack, quick: bool, parts: &Parts) -> Result<Live> {
-    let mut live = Live { latency: None, recovery: None, board: None, backfill: None, growth: None };
+    let mut live = Live { latency: None, beside: None, recovery: None, board: None, backfill: None, growth: None };
     if parts.has("latency") {
-        live.latency = Some(latency::measure(stack, quick, parts.has("peers")).await.context("latency")?);
+        live.latency = Some(latency::measure(stack, quick).await.context("latency")?);
+        if parts.has("peers") && !quick {
+            live.beside = Some(beside::measure(stack).await.context("latency beside Debezium")?);
+        }
     }
     if parts.has("recovery") {
         live.recovery = Some(recovery::measure(stack, quick).await.context("recovery")?);
@@ -65,6 +70,7 @@ impl Live {
         let mut out = String::new();
         let parts = [
             self.latency.as_deref().map(latency::markdown),
+            self.beside.as_deref().map(beside::markdown),
             self.recovery.as_ref().map(recovery::Recovery::markdown),
             self.board.as_ref().map(board::Board::markdown),
             self.backfill.as_ref().map(backfill::Backfill::markdown),
@@ -81,6 +87,7 @@ impl Live {
     pub fn verdicts(&self) -> Vec<Verdict> {
         let mut verdicts = Vec::new();
         verdicts.extend(self.latency.iter().flatten().flat_map(latency::Latency::verdicts));
+        verdicts.extend(self.beside.iter().flatten().flat_map(beside::Beside::verdicts));
         verdicts.extend(self.recovery.iter().flat_map(recovery::Recovery::verdicts));
         verdicts.extend(self.board.iter().flat_map(board::Board::verdicts));
         verdicts.extend(self.backfill.iter().flat_map(backfill::Backfill::verdicts));
