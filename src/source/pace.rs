@@ -6,12 +6,13 @@ use std::time::Duration;
 ///
 /// The walsender hands each message to the kernel by itself, and each that is sent at once costs it as much as decoding
 /// it did. They gather in large segments only while the receive window is full. So it is kept small
-/// ([`super::conn::Stream::bound_window`]), and after each gulp the thread rests for as long as the window takes to fill.
+/// ([`super::conn::Stream::bound_window`]), a gulp takes one window and leaves what the server is ahead by, and the thread
+/// rests for as long as the window takes to fill.
 ///
 /// What tells a backlog from live changes is how long ago the transaction that is being sent was committed, both times by
 /// the server's clock. A rate would not do: one that falls because the reader wakes for every message keeps it awake.
 pub struct Pace {
-    /// Bytes of the receive window, where it is bounded.
+    /// Bytes that the receive window holds at least, where it is bounded.
     window: Option<usize>,
     pause: Duration,
     /// Gulps until a long rest is tried again.
@@ -26,16 +27,26 @@ impl Pace {
     /// A pause is nothing beside this lag, in µs, and it lets a reader that falls behind catch up.
     const BACKLOG: i64 = 20_000;
     const SHORTEST: Duration = Duration::from_micros(200);
+    /// Where it begins with a bounded window: too long rather than too short, so that the window closes.
+    const FIRST: Duration = Duration::from_millis(2);
     /// Where the window is not bounded, a longer pause only makes the walsender wait.
     const USUAL: Duration = Duration::from_micros(500);
-    /// The kernel takes in what a walsender writes meanwhile.
     const LONGEST: Duration = Duration::from_millis(20);
+    /// Messages sent one by one fill the window within half of it, and gather in the other half.
+    const LONG: Duration = Duration::from_millis(8);
     /// Gulps after a long rest in vain, half a second of them: what such rests cost is then a twentieth at most.
     const PATIENCE: u32 = 1000;
 
-    /// For a stream whose receive window is `window` bytes; `None` where it is not known.
+    /// For a stream whose receive window holds `window` bytes or more; `None` where it is not known.
     pub fn new(window: Option<usize>) -> Self {
-        Self { window, pause: Self::USUAL, patience: 0, committed: 0, lag: 0 }
+        let pause = if window.is_some() { Self::FIRST } else { Self::USUAL };
+        Self { window, pause, patience: 0, committed: 0, lag: 0 }
+    }
+
+    /// A gulp of `read` bytes found the window closed. What would come after it without a rest is what the server is ahead
+    /// by; once that is used up, all that the server sends next goes one by one.
+    pub(super) fn is_full(&self, read: usize) -> bool {
+        self.window.is_some_and(|window| read >= window)
     }
 
     /// A pgoutput message, and when the server sent it (µs since 2000-01-01).
@@ -61,17 +72,17 @@ impl Pace {
         }
         match self.window {
             // More was waiting than the window took: a little shorter, until that is used up.
-            Some(window) if read >= window - window / 4 => {
-                self.pause = (self.pause * 31 / 32).max(Self::SHORTEST);
+            Some(_) if self.is_full(read) => {
+                self.pause = (self.pause * 63 / 64).max(Self::SHORTEST);
                 self.patience = 0;
                 self.rest();
             }
             // The window had not closed: what came was sent one by one. A long rest lets the server get far enough ahead
             // that what it sends next is waiting behind the window already.
             Some(_) if self.patience == 0 => {
-                self.pause = (self.pause * 5 / 4).min(Self::LONGEST);
+                self.pause = (self.pause * 9 / 8).min(Self::LONGEST);
                 self.patience = Self::PATIENCE;
-                std::thread::sleep(Self::LONGEST);
+                std::thread::sleep(Self::LONG);
             }
             // That did not help: the server is slow, or its window is not what we think.
             Some(_) => {
@@ -112,14 +123,14 @@ mod tests {
         let mut pace = Pace::new(Some(1000));
         pace.lag = Pace::BACKLOG + 1;
         pace.after(100);
-        assert_eq!((pace.pause, pace.patience), (Pace::USUAL * 5 / 4, Pace::PATIENCE), "a long rest");
+        assert_eq!((pace.pause, pace.patience), (Pace::FIRST * 9 / 8, Pace::PATIENCE), "a long rest");
         pace.after(100);
         assert_eq!(
             (pace.pause, pace.patience),
-            (Pace::USUAL * 5 / 4, Pace::PATIENCE - 1),
+            (Pace::FIRST * 9 / 8, Pace::PATIENCE - 1),
             "in vain: not again at once"
         );
-        for _ in 0..100 {
+        for _ in 0..200 {
             pace.after(1000);
         }
         assert_eq!((pace.pause, pace.patience), (Pace::SHORTEST, 0));

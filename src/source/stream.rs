@@ -25,7 +25,7 @@ use crate::sink::Durable;
 
 /// Size of a read buffer; whole messages are cut out of it, and share it.
 const GULP: usize = 256 << 10;
-/// Free space of the read buffer before each read: as much as a receive window holds.
+/// Free space of the read buffer before each read: as much as a bounded receive window holds.
 const ROOM: usize = 128 << 10;
 /// How often feedback may be sent when the acknowledgement has moved.
 const TICK: Duration = Duration::from_millis(100);
@@ -212,11 +212,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Reader<S> {
         }
     }
 
-    /// Waits for something to read, then takes what is there as far as the buffer reaches. An end or an error that comes
-    /// after something was read comes again at the next call.
+    /// Waits for something to read, then takes what is there as far as buffer and window reach. An end or an error that
+    /// comes after something was read comes again at the next call.
     async fn gulp(&mut self) -> std::io::Result<usize> {
         let mut taken = self.connection.read_buf(&mut self.buffer).await?;
-        while taken > 0 && self.buffer.len() < self.buffer.capacity() {
+        while taken > 0 && !self.pace.is_full(taken) && self.buffer.len() < self.buffer.capacity() {
             match self.connection.read_buf(&mut self.buffer).now_or_never() {
                 Some(Ok(more)) if more > 0 => taken += more,
                 _ => break,
