@@ -24,8 +24,8 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// A pause is nothing beside this lag, in µs, and it lets a reader that falls behind catch up.
-    const BACKLOG: i64 = 20_000;
+    /// The longest rest is nothing beside this lag, in µs, and rests let a reader that falls behind catch up.
+    const BACKLOG: i64 = 100_000;
     const SHORTEST: Duration = Duration::from_micros(200);
     /// Where it begins with a bounded window: too long rather than too short, so that the window closes.
     const FIRST: Duration = Duration::from_millis(2);
@@ -109,7 +109,7 @@ mod tests {
         let mut pace = Pace::new(None);
         pace.message(1_000_900, &begin(1_000_000));
         assert!(pace.lag <= Pace::BACKLOG);
-        pace.message(1_050_000, b"I");
+        pace.message(1_150_000, b"I");
         assert!(pace.lag > Pace::BACKLOG, "a large transaction is sent long after its commit");
         pace.keepalive();
         assert!(pace.lag <= Pace::BACKLOG);
