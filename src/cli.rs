@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::backfill::JOBS;
-use crate::config::{Envelope, SinkName, Span};
+use crate::config::{ByteSize, Envelope, SinkName, Span};
 use crate::lsn::Lsn;
 
 /// Streams Postgres changes, exactly once, to Kafka, Parquet/BigQuery, Redis and HTTP, from one LSN.
@@ -163,6 +163,9 @@ pub struct Verify {
     /// Compare the transactions with end_lsn ≤ LSN; without it each sink up to its own position
     #[arg(long, value_name = "LSN")]
     pub until_lsn: Option<Lsn>,
+    /// Rows and ids that may be held at once; a larger table is compared in several ranges of keys, and read once for each
+    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
+    pub memory: ByteSize,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

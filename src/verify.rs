@@ -81,10 +81,10 @@ async fn work(world: &World, args: &cli::Verify) -> Result<Report> {
             report.not_compared.push("kafka: kafka.envelope is not \"flat\"".to_owned());
             continue;
         }
-        report.sinks.push(sink(world, &source, *name, &identity, args.until_lsn).await?);
+        report.sinks.push(sink(world, &source, *name, &identity, args).await?);
     }
     if let Some(project) = world.config.bigquery.project.as_deref().filter(|project| !project.is_empty()) {
-        report.sinks.push(bigquery(world, &source, project, args.until_lsn).await?);
+        report.sinks.push(bigquery(world, &source, project, args).await?);
     }
     if world.config.produce.sinks.contains(&SinkName::Kafka) {
         match board::compare(world).await? {
@@ -127,20 +127,20 @@ async fn sink(
     source: &Source,
     name: SinkName,
     identity: &SlotIdentity,
-    until: Option<Lsn>,
+    args: &cli::Verify,
 ) -> Result<SinkReport> {
     let word = match name {
         SinkName::Kafka => "kafka",
         SinkName::Archive => "archive",
     };
-    let up_to = position(world, name, word, identity, until).await?;
+    let up_to = position(world, name, word, identity, args.until_lsn).await?;
     let bound = Position { commit_lsn: up_to, ordinal: 0 };
     let (mut tables, mut not_compared) = (Vec::new(), Vec::new());
     for table in &source.tables {
         let mut report = TableReport::new(&table.name, up_to);
         let mut ranges = vec![Range::ALL];
         while let Some(range) = ranges.pop() {
-            let fold = Fold::new(table, range, bound, source.changed(table));
+            let fold = Fold::new(table, range, bound, source.changed(table), args.memory.0);
             let fold = tokio::task::block_in_place(|| match name {
                 SinkName::Kafka => kafka::fold(&world.config, table, fold, |lsn| source.sees(lsn)),
                 SinkName::Archive => {
@@ -167,6 +167,7 @@ async fn compare(
     if fold.range.last < range.last {
         ranges.push(Range { first: fold.range.last + 1, last: range.last });
     }
+    report.passes += 1;
     report.unclear += fold.unclear;
     let mut comparison = Comparison::new(table, fold, report);
     source.compare(table, form, &mut comparison).await?;
@@ -208,7 +209,7 @@ async fn position(
 }
 
 /// Compares every table with BigQuery. What is in the archive and not loaded yet is left out.
-async fn bigquery(world: &World, source: &Source, project: &str, until: Option<Lsn>) -> Result<SinkReport> {
+async fn bigquery(world: &World, source: &Source, project: &str, args: &cli::Verify) -> Result<SinkReport> {
     let service = BigQuery::new(&world.config.bigquery, project).await?;
     let is_there = world.at_start("bigquery", || service.has_dataset()).await?;
     let loaded = upload::progress(world).await?;
@@ -217,11 +218,11 @@ async fn bigquery(world: &World, source: &Source, project: &str, until: Option<L
         let found = if is_there { Warehouse::open(&service, table).await? } else { None };
         let recorded = loaded.iter().find(|record| record.table == table.name).and_then(recorded);
         let bound = found.as_ref().map(|found| found.bound).max(recorded).unwrap_or(START);
-        let bound = until.map_or(bound, |until| bound.min(Position { commit_lsn: until, ordinal: 0 }));
+        let bound = args.until_lsn.map_or(bound, |until| bound.min(Position { commit_lsn: until, ordinal: 0 }));
         let mut report = TableReport::new(&table.name, bound.commit_lsn);
         let mut ranges = vec![Range::ALL];
         while let Some(range) = ranges.pop() {
-            let mut fold = Fold::new(table, range, bound, source.changed(table));
+            let mut fold = Fold::new(table, range, bound, source.changed(table), args.memory.0);
             if let Some(found) = &found {
                 fold = found.fold(fold, |lsn| source.sees(lsn)).await?;
             }

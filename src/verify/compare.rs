@@ -132,7 +132,7 @@ mod tests {
         let table = for_test(&[("id", Type::Int4), ("a", Type::Text)], &[0]);
         let mut changed = Changed::default();
         changed.note("6", 100);
-        let mut fold = Fold::new(&table, Range::ALL, at(100), &changed);
+        let mut fold = Fold::new(&table, Range::ALL, at(100), &changed, usize::MAX);
         for (lsn, key, value) in [(1, "1", Some(1)), (2, "2", Some(1)), (3, "3", Some(1)), (4, "7", None)] {
             fold.push(&Fact { at: at(lsn), op: Op::Create, key, old_key: None, values: &[Some(0), value] });
         }

@@ -13,8 +13,6 @@ use super::table::{Table, hash};
 use crate::change::Op;
 use crate::lsn::Position;
 
-/// What a fold may hold, in bytes.
-pub(super) const HELD: usize = 256 << 20;
 /// What a row costs beside its columns and key; what an id costs.
 const ROW: usize = 160;
 const ID: usize = 48;
@@ -86,15 +84,16 @@ pub(super) struct Fold {
 }
 
 impl Fold {
-    /// Of the keys in `range`, up to `bound` exclusive. `changed` are those that the source has changed since.
-    pub(super) fn new(table: &Table, range: Range, bound: Position, changed: &Changed) -> Self {
+    /// Of the keys in `range`, up to `bound` exclusive, in about `most` bytes. `changed` are those that the source has changed
+    /// since.
+    pub(super) fn new(table: &Table, range: Range, bound: Position, changed: &Changed, most: usize) -> Self {
         Self {
             range,
             bound,
             columns: table.columns.len(),
             keyed: table.keyed,
             held: 0,
-            most: HELD,
+            most,
             rows: HashMap::new(),
             ids: HashMap::new(),
             truncated: None,
@@ -188,8 +187,9 @@ impl Fold {
         }
     }
 
+    /// One row is kept, whatever it takes: else nothing would ever be compared.
     fn give_up_half(&mut self) {
-        if self.range.first == self.range.last {
+        if self.range.first == self.range.last || self.rows.len() < 2 {
             return;
         }
         self.range.last = self.range.first + (self.range.last - self.range.first) / 2;

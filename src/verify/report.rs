@@ -66,6 +66,8 @@ pub(super) struct TableReport {
     pub(super) older_than_slot: u64,
     /// Rows of which no event brought some column; the others were compared.
     pub(super) in_part: u64,
+    /// Times that source and sink were read, each for a range of keys: more than one where memory did not hold them all.
+    pub(super) passes: u64,
     /// Ranges of keys that differ.
     pub(super) ranges: Vec<RangeReport>,
     /// Rows that differ, at most 20.

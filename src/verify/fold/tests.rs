@@ -15,7 +15,7 @@ fn fact<'a>(lsn: u64, op: Op, key: &'a str, values: &'a [Option<u64>]) -> Fact<'
 
 fn fold(bound: u64) -> Fold {
     let table = for_test(&[("id", Type::Int4), ("a", Type::Text)], &[0]);
-    Fold::new(&table, Range::ALL, at(bound), &Changed::default())
+    Fold::new(&table, Range::ALL, at(bound), &Changed::default(), usize::MAX)
 }
 
 fn row(fold: &mut Fold, key: &str) -> Option<Vec<Option<u64>>> {
@@ -72,7 +72,7 @@ fn an_event_that_was_there_before_is_named_and_one_behind_the_bound_is_left_out(
 #[test]
 fn equal_rows_without_a_key_are_counted() {
     let table = for_test(&[("a", Type::Text)], &[]);
-    let mut fold = Fold::new(&table, Range::ALL, at(100), &Changed::default());
+    let mut fold = Fold::new(&table, Range::ALL, at(100), &Changed::default(), usize::MAX);
     for (lsn, op) in [(1, Op::Create), (2, Op::Create), (3, Op::Delete), (4, Op::Create)] {
         fold.push(&fact(lsn, op, "[1]", &[]));
     }
@@ -93,4 +93,23 @@ fn a_fold_that_has_grown_too_large_gives_half_of_its_keys_up() {
     assert!(range.last < u64::MAX, "{range:?}");
     let held = keys.iter().filter(|key| range.has(hash(key))).count();
     assert_eq!(fold.rest().count(), held);
+}
+
+#[test]
+fn without_any_memory_each_row_still_comes_in_one_range() {
+    let keys: Vec<String> = (0..200).map(|n| n.to_string()).collect();
+    let (mut first, mut rows) = (0, 0);
+    loop {
+        let mut fold = fold(1 << 20);
+        (fold.most, fold.range.first) = (0, first);
+        for (n, key) in (1..).zip(&keys) {
+            fold.push(&fact(n, Op::Create, key, &[Some(1), Some(2)]));
+        }
+        rows += fold.rest().count();
+        match fold.range.last {
+            u64::MAX => break,
+            last => first = last + 1,
+        }
+    }
+    assert_eq!(rows, keys.len());
 }
