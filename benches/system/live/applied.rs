@@ -2,10 +2,9 @@
 //! not rely on what `consume` says of itself, and covers every event.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
@@ -14,6 +13,8 @@ use crate::stack::Stack;
 
 /// How often Redis is asked. An event counts as late by up to this.
 const EVERY: Duration = Duration::from_millis(1);
+/// How long the last events may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Each partition's offset as it moved, with the moment it was seen at, in microseconds since 1970.
 #[derive(Debug, Default)]
@@ -32,6 +33,10 @@ impl Applied {
         moves.get(moves.partition_point(|(next, _)| *next <= offset)).map(|(_, at)| *at)
     }
 
+    fn covers(&self, last: &BTreeMap<i32, i64>) -> bool {
+        last.iter().all(|(partition, offset)| self.at(*partition, *offset).is_some())
+    }
+
     fn note(&mut self, partition: i32, next: i64, now: i64) {
         let moves = self.moves.entry(partition).or_default();
         if moves.last().is_none_or(|(last, _)| *last < next) {
@@ -43,7 +48,8 @@ impl Applied {
 
 /// The thread that looks.
 pub struct Watch {
-    stop: Arc<AtomicBool>,
+    /// The last offset of each partition that is waited for.
+    stop: Arc<OnceLock<BTreeMap<i32, i64>>>,
     thread: JoinHandle<Result<Applied>>,
 }
 
@@ -53,23 +59,33 @@ impl Watch {
         let client = redis::Client::open(stack.config.redis.url.as_str())?;
         let mut connection = client.get_connection().context("connecting to Redis")?;
         let key = format!("{{falaj:{pipeline}}}");
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
+        let stop = Arc::new(OnceLock::<BTreeMap<i32, i64>>::new());
+        let told = Arc::clone(&stop);
         let thread = thread::spawn(move || {
-            let mut applied = Applied::default();
-            while !stopped.load(Ordering::Relaxed) {
+            let (mut applied, mut since) = (Applied::default(), None);
+            loop {
+                let last = told.get();
                 look(&mut connection, &key, &mut applied)?;
+                if let Some(last) = last {
+                    let since: &mut Instant = since.get_or_insert_with(Instant::now);
+                    if applied.covers(last) || since.elapsed() > PATIENCE {
+                        return Ok(applied);
+                    }
+                }
                 thread::sleep(EVERY);
             }
-            look(&mut connection, &key, &mut applied)?;
-            Ok(applied)
         });
         Ok(Self { stop, thread })
     }
 
     /// Looks once more, and tells.
     pub fn stop(self) -> Result<Applied> {
-        self.stop.store(true, Ordering::Relaxed);
+        self.stop_at(BTreeMap::new())
+    }
+
+    /// Looks until the board has counted the `last` offset of each partition, and tells.
+    pub fn stop_at(self, last: BTreeMap<i32, i64>) -> Result<Applied> {
+        self.stop.get_or_init(|| last);
         self.thread.join().map_err(|_| anyhow::anyhow!("the watch on Redis panicked"))?
     }
 }

@@ -1,5 +1,6 @@
 //! Commit → readable in Kafka and commit → on the board, while a steady load is written with all roles on this machine.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -131,9 +132,15 @@ fn run(stack: &Stack, pipeline: &str, rate: u64, length: Duration) -> Result<Lat
     let load =
         process::run(role(&["generate", "--rate", &rate_arg, "--count", &count_arg, "--seed", "7"]), stack.servers)?;
     let mut seen = readable.collect(count)?;
+    // The board comes a moment after Kafka.
+    let mut last = BTreeMap::new();
+    for event in &seen {
+        let offset = last.entry(event.partition).or_insert(event.offset);
+        *offset = event.offset.max(*offset);
+    }
+    let applied = watch.stop_at(last)?;
     let consume = consume.stop()?;
     let produce = produce.stop()?;
-    let applied = watch.stop()?;
     seen.extend(readable.stop()?);
     ensure!(seen.len() as u64 == count, "{} events came out of {count} rows: some came twice", seen.len());
     let (kafka, redis) = spreads(&seen, &applied)?;
