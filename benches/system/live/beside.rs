@@ -39,7 +39,6 @@ pub struct Beside {
 
 /// The rounds of each rate.
 pub async fn measure(stack: &Stack) -> Result<Vec<Beside>> {
-    peer::install(stack.servers, PEER)?;
     let mut found = Vec::new();
     for rate in RATES {
         let mut beside = Beside { rate, falaj: Vec::new(), debezium: Ok(Vec::new()) };
@@ -88,6 +87,7 @@ async fn ours(stack: &Stack, rate: u64) -> Result<Spread> {
 async fn theirs(stack: &Stack, rate: u64) -> Result<Spread> {
     let name = format!("bench_debezium_{rate}");
     let topic = format!("{name}.public.engagement_events");
+    peer::install(stack.servers, PEER)?;
     kafka::create_topic(&stack.config.kafka, &topic, stack.config.kafka.partitions, &[]).await?;
     let mut init = falaj(stack, &name, &name, "archive");
     init.args(["init", "--yes"]);
