@@ -7,7 +7,8 @@ use std::time::Duration;
 /// The walsender hands each message to the kernel by itself, and each that is sent at once costs it as much as decoding
 /// it did. They gather in large segments only while the receive window is full. So it is kept small
 /// ([`super::conn::Stream::bound_window`]), a gulp takes one window and leaves what the server is ahead by, and the thread
-/// rests for as long as the window takes to fill.
+/// rests for as long as the window takes to fill. A large transaction on an idle stream is a small backlog: there it only rests
+/// for a moment.
 ///
 /// What tells a backlog from live changes is how long ago the transaction that is being sent was committed, both times by
 /// the server's clock. A rate would not do: one that falls because the reader wakes for every message keeps it awake.
@@ -24,8 +25,11 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// The longest rest is nothing beside this lag, in µs, and rests let a reader that falls behind catch up.
+    /// A brief rest is little beside this lag, in µs, and a large transaction is sent sooner with such rests.
+    const BEHIND: i64 = 4000;
+    /// … and the longest rest is little beside this one.
     const BACKLOG: i64 = 100_000;
+    const BRIEF: Duration = Duration::from_millis(1);
     const SHORTEST: Duration = Duration::from_micros(200);
     /// Where it begins with a bounded window: too long rather than too short, so that the window closes.
     const FIRST: Duration = Duration::from_millis(2);
@@ -67,29 +71,34 @@ impl Pace {
 
     /// After a gulp of `read` bytes that has emptied the socket.
     pub(super) fn after(&mut self, read: usize) {
-        if self.lag <= Self::BACKLOG {
-            return;
+        if let Some(rest) = self.rest_after(read) {
+            std::thread::sleep(rest);
         }
+    }
+
+    fn rest_after(&mut self, read: usize) -> Option<Duration> {
         match self.window {
+            _ if self.lag <= Self::BEHIND => None,
+            _ if self.lag <= Self::BACKLOG => Some(Self::BRIEF),
             // More was waiting than the window took: a little shorter, until that is used up.
             Some(_) if self.is_full(read) => {
                 self.pause = (self.pause * 63 / 64).max(Self::SHORTEST);
                 self.patience = 0;
-                self.rest();
+                Some(self.pause)
             }
             // The window had not closed: what came was sent one by one. A long rest lets the server get far enough ahead
             // that what it sends next is waiting behind the window already.
             Some(_) if self.patience == 0 => {
                 self.pause = (self.pause * 9 / 8).min(Self::LONGEST);
                 self.patience = Self::PATIENCE;
-                std::thread::sleep(Self::LONG);
+                Some(Self::LONG)
             }
             // That did not help: the server is slow, or its window is not what we think.
             Some(_) => {
                 self.patience -= 1;
-                std::thread::sleep(Self::USUAL);
+                Some(Self::USUAL)
             }
-            None => self.rest(),
+            None => Some(self.pause),
         }
     }
 
@@ -119,23 +128,36 @@ mod tests {
     }
 
     #[test]
+    fn live_changes_are_read_at_once_and_bursts_after_brief_rests() {
+        let mut pace = Pace::new(Some(1000));
+        for (lag, rest) in [
+            (0, None),
+            (Pace::BEHIND, None),
+            (Pace::BEHIND + 1, Some(Pace::BRIEF)),
+            (Pace::BACKLOG, Some(Pace::BRIEF)),
+            (Pace::BACKLOG + 1, Some(Pace::LONG)),
+        ] {
+            pace.lag = lag;
+            assert_eq!(pace.rest_after(100), rest, "{lag}");
+        }
+        let mut pace = Pace { lag: Pace::BACKLOG + 1, ..Pace::new(None) };
+        assert_eq!(pace.rest_after(100), Some(Pace::USUAL), "no window to fill");
+    }
+
+    #[test]
     fn the_pause_finds_the_time_that_the_window_takes_to_fill() {
         let mut pace = Pace::new(Some(1000));
         pace.lag = Pace::BACKLOG + 1;
-        pace.after(100);
-        assert_eq!((pace.pause, pace.patience), (Pace::FIRST * 9 / 8, Pace::PATIENCE), "a long rest");
-        pace.after(100);
-        assert_eq!(
-            (pace.pause, pace.patience),
-            (Pace::FIRST * 9 / 8, Pace::PATIENCE - 1),
-            "in vain: not again at once"
-        );
+        assert_eq!(pace.rest_after(100), Some(Pace::LONG));
+        assert_eq!((pace.pause, pace.patience), (Pace::FIRST * 9 / 8, Pace::PATIENCE));
+        assert_eq!(pace.rest_after(100), Some(Pace::USUAL), "in vain: not again at once");
+        assert_eq!((pace.pause, pace.patience), (Pace::FIRST * 9 / 8, Pace::PATIENCE - 1));
         for _ in 0..200 {
-            pace.after(1000);
+            pace.rest_after(1000);
         }
         assert_eq!((pace.pause, pace.patience), (Pace::SHORTEST, 0));
         pace.keepalive();
-        pace.after(100);
+        assert_eq!(pace.rest_after(100), None);
         assert_eq!((pace.pause, pace.patience), (Pace::SHORTEST, 0), "live changes say nothing about it");
     }
 }
