@@ -16,6 +16,8 @@ pub struct Pace {
     /// Bytes that the receive window holds at least, where it is bounded.
     window: Option<usize>,
     pause: Duration,
+    /// The gulp before found the window closed.
+    was_full: bool,
     /// Gulps until a long rest is tried again.
     patience: u32,
     /// Commit time of the transaction that is being sent, µs.
@@ -44,7 +46,7 @@ impl Pace {
     /// For a stream whose receive window holds `window` bytes or more; `None` where it is not known.
     pub fn new(window: Option<usize>) -> Self {
         let pause = if window.is_some() { Self::FIRST } else { Self::USUAL };
-        Self { window, pause, patience: 0, committed: 0, lag: 0 }
+        Self { window, pause, was_full: false, patience: 0, committed: 0, lag: 0 }
     }
 
     /// A gulp of `read` bytes found the window closed. What would come after it without a rest is what the server is ahead
@@ -77,15 +79,20 @@ impl Pace {
     }
 
     fn rest_after(&mut self, read: usize) -> Option<Duration> {
+        let is_full = self.is_full(read);
+        let was_full = std::mem::replace(&mut self.was_full, is_full);
         match self.window {
             _ if self.lag <= Self::BEHIND => None,
             _ if self.lag <= Self::BACKLOG => Some(Self::BRIEF),
             // More was waiting than the window took: a little shorter, until that is used up.
-            Some(_) if self.is_full(read) => {
+            Some(_) if is_full => {
                 self.pause = (self.pause * 63 / 64).max(Self::SHORTEST);
                 self.patience = 0;
                 Some(self.pause)
             }
+            // What that gulp had left. With large segments the window stays closed until all is read, however much is
+            // waiting behind it.
+            Some(_) if was_full => Some(self.pause),
             // The window had not closed: what came was sent one by one. A long rest lets the server get far enough ahead
             // that what it sends next is waiting behind the window already.
             Some(_) if self.patience == 0 => {
@@ -152,8 +159,10 @@ mod tests {
         assert_eq!((pace.pause, pace.patience), (Pace::FIRST * 9 / 8, Pace::PATIENCE));
         assert_eq!(pace.rest_after(100), Some(Pace::USUAL), "in vain: not again at once");
         assert_eq!((pace.pause, pace.patience), (Pace::FIRST * 9 / 8, Pace::PATIENCE - 1));
+        // Each time the window's contents are more than a gulp and less than two.
         for _ in 0..200 {
             pace.rest_after(1000);
+            assert_eq!(pace.rest_after(100), Some(pace.pause), "what a gulp has left is no empty window");
         }
         assert_eq!((pace.pause, pace.patience), (Pace::SHORTEST, 0));
         pace.keepalive();
