@@ -1,5 +1,6 @@
 //! What every Kafka client of falaj shares: configuration, error classes, metadata, topics.
 
+mod committed;
 mod topic_id;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use rdkafka::{ClientConfig, ClientContext};
 use crate::config::Kafka;
 use crate::error::{Error, Result};
 
+pub use committed::read_committed;
 pub use topic_id::topic_id;
 
 /// How long a metadata or admin request may take.

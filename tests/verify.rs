@@ -2,9 +2,10 @@
 
 mod by_hand;
 
+use rdkafka::producer::Producer;
 use serde_json::Value;
 
-use crate::rig::{Pipeline, Servers, bigquery, connect, id, kafka, load};
+use crate::rig::{DEADLINE, Pipeline, Servers, bigquery, connect, id, kafka, load};
 
 /// The content of [`twenty`], as the board names it.
 const CONTENT: &str = "content 0cc175b9-c0f1-b6a8-31c3-99e269772661";
@@ -76,6 +77,21 @@ async fn broken(p: &Pipeline) -> Vec<String> {
         format!("different 9 {} duration_ms", event(p, 9).await),
         format!("doubled 7 {} ", event(p, 7).await),
     ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_behind_an_open_transaction_are_waited_for() {
+    let p = Pipeline::new("verify_open").await;
+    let topic = p.config.topic("engagement_events");
+    let open = kafka::open_transaction(&p.config, &topic, p.config.kafka.partitions).await;
+    p.run("INSERT INTO engagement_events (event_ts) SELECT now() FROM generate_series(1, 20)").await;
+    p.produce().await;
+    let mut verify = p.start(&["verify", "--json"]);
+    verify.says("waiting for open transactions").await;
+    tokio::task::spawn_blocking(move || open.abort_transaction(DEADLINE).unwrap()).await.unwrap();
+    let report: Value = serde_json::from_str(&verify.ends_well().await).unwrap();
+    let found = table(&report, "kafka", "engagement_events");
+    assert_eq!((&found["source"], &found["sink"]["rows"]), (&found["sink"], &Value::from(20)), "{report}");
 }
 
 /// With little memory the table is compared in several ranges of keys; what is found is the same.

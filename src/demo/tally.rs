@@ -3,14 +3,10 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::sync::Arc;
-use std::time::Duration;
 
 use arrow_array::{Array, Int64Array};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
-use rdkafka::{Message, Offset, TopicPartitionList};
 
 use super::stage::Stage;
 use super::warehouse::Warehouse;
@@ -28,8 +24,6 @@ use crate::source::conn::sql_error;
 
 const TABLE: &str = "engagement_events";
 const LOOKUP: &str = "content";
-/// How long Kafka may be silent.
-const PATIENCE: Duration = Duration::from_secs(10);
 const MICROS: i64 = 1_000_000;
 
 /// What was found, place by place.
@@ -153,37 +147,15 @@ fn redis(board: &BoardView, events: &Ids) -> Result<Finding> {
     })
 }
 
-/// Reads a table's topic from its beginning to its end, as a read_committed reader sees it.
+/// All events of a table's topic.
 async fn topic(config: &Arc<Config>, table: &'static str) -> Result<Ids> {
     let config = config.clone();
-    let read = tokio::task::spawn_blocking(move || read_topic(&config, table)).await;
-    read.map_err(|e| Error::fatal("counting in Kafka", e))?
-}
-
-fn read_topic(config: &Config, table: &str) -> Result<Ids> {
-    let (topic, failed) = (config.topic(table), |e: KafkaError| kafka::error(&config.kafka, &e));
-    let mut client = kafka::client(&config.kafka);
-    client.set("group.id", format!("{}.count", config.pipeline)).set("isolation.level", "read_committed");
-    client.set("enable.auto.commit", "false").set("enable.partition.eof", "true");
-    let reader: BaseConsumer = client.create().map_err(failed)?;
-    let mut open = kafka::partitions(&config.kafka, &topic)?.unwrap_or_default();
-    let mut list = TopicPartitionList::new();
-    for partition in 0..open {
-        list.add_partition_offset(&topic, partition as i32, Offset::Beginning).map_err(failed)?;
-    }
-    reader.assign(&list).map_err(failed)?;
-    let mut ids = Ids::default();
-    while open > 0 {
-        match reader.poll(PATIENCE) {
-            Some(Ok(message)) => ids.add(message.payload().unwrap_or_default(), table)?,
-            Some(Err(KafkaError::PartitionEOF(_))) => open -= 1,
-            Some(Err(e)) => return Err(failed(e)),
-            None => {
-                return Err(Error::unreachable(format!("Kafka at {}", config.kafka.servers()), "no answer to a fetch"));
-            }
-        }
-    }
-    Ok(ids)
+    let read = tokio::task::spawn_blocking(move || {
+        let mut ids = Ids::default();
+        kafka::read_committed(&config, &config.topic(table), |_, _, value| ids.add(value, table))?;
+        Ok(ids)
+    });
+    read.await.map_err(|e| Error::fatal("counting in Kafka", e))?
 }
 
 impl Ids {

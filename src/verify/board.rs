@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::kafka;
 use super::report::{BoardReport, MOST_NAMED};
 use crate::config::Config;
 use crate::consume::batch::{FUTURE_SECONDS, LATE_SECONDS, WINDOW_BUCKETS, bucket_of};
 use crate::consume::event::{self, Event};
 use crate::consume::redis::{Claim, Rows, Store, nullable};
 use crate::error::{Error, Result};
+use crate::kafka;
 use crate::world::World;
 
 /// The table that the board counts.
@@ -81,7 +81,7 @@ fn shown((contents, devices, late, future): Rows) -> Counts {
 fn recount(config: &Config, claim: &Claim, first: i64, last: i64) -> Result<Counts> {
     let topic = config.topic(TABLE);
     let mut counts = Counts::default();
-    kafka::read(config, &topic, |partition, offset, value| {
+    kafka::read_committed(config, &topic, |partition, offset, value| {
         if claim.offsets.get(&partition).is_some_and(|next| offset < *next) {
             let strange =
                 |why| Error::fatal(format_args!("reading {topic}, partition {partition}, offset {offset}"), why);

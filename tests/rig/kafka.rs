@@ -25,6 +25,7 @@ pub struct Record {
 
 /// Every committed record of a topic, partition by partition.
 pub async fn records(config: &Config, topic: &str) -> Vec<Record> {
+    settled_ends(config, &[topic.to_owned()]).await;
     let mut client = falaj::kafka::client(&config.kafka);
     client.set("group.id", "unused").set("isolation.level", "read_committed");
     client.set("enable.partition.eof", "true").set("enable.auto.commit", "false");
@@ -94,6 +95,25 @@ async fn ends_at(config: &Config, topics: &[String], isolation: &str) -> Vec<i64
             }
         }
         ends
+    };
+    tokio::task::spawn_blocking(work).await.unwrap()
+}
+
+/// An open transaction with a record in each partition of a topic: nothing behind them is readable until it has ended.
+pub async fn open_transaction(config: &Config, topic: &str, partitions: i32) -> BaseProducer {
+    let mut client = falaj::kafka::client(&config.kafka);
+    client.set("transactional.id", format!("{topic}.open"));
+    let topic = topic.to_owned();
+    let work = move || {
+        let producer: BaseProducer = client.create().unwrap();
+        producer.init_transactions(DEADLINE).unwrap();
+        producer.begin_transaction().unwrap();
+        for partition in 0..partitions {
+            let record = BaseRecord::<str, str>::to(&topic).partition(partition).payload("never committed");
+            producer.send(record).map_err(|(e, _)| e).unwrap();
+        }
+        producer.flush(DEADLINE).unwrap();
+        producer
     };
     tokio::task::spawn_blocking(work).await.unwrap()
 }

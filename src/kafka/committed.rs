@@ -1,0 +1,110 @@
+//! A topic from its beginning to its end, as a read_committed reader sees it. Blocking.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::{Message, Offset, TopicPartitionList};
+use tracing::info;
+
+use super::{TIMEOUT, client, error, partitions};
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// How long an open transaction is waited for: a producer that has died leaves one for 60 s (`transaction.timeout.ms`).
+const OPEN: Duration = Duration::from_secs(70);
+/// How often it is looked for, and after how long a reader is told.
+const STEP: Duration = Duration::from_millis(10);
+const SILENT: Duration = Duration::from_secs(1);
+
+/// Reads all that was committed at the call, value by value with partition and offset; tombstones, which are no events, are passed
+/// over.
+///
+/// # Errors
+/// [`Error::Refused`] for a topic that is not there; [`Error::Unreachable`] when no broker answers, or when a transaction stays open
+/// for longer than falaj's own ever do; those of `each`.
+pub fn read_committed(config: &Config, topic: &str, mut each: impl FnMut(i32, i64, &[u8]) -> Result<()>) -> Result<()> {
+    let failed = |e: KafkaError| error(&config.kafka, &e);
+    let Some(count) = partitions(&config.kafka, topic)? else { return Err(no_topic(topic)) };
+    let reader: BaseConsumer = reader(config, "read_committed").create().map_err(failed)?;
+    settle(config, &reader, topic, count as i32)?;
+    let mut list = TopicPartitionList::new();
+    for partition in 0..count as i32 {
+        list.add_partition_offset(topic, partition, Offset::Beginning).map_err(failed)?;
+    }
+    reader.assign(&list).map_err(failed)?;
+    let mut open = count;
+    while open > 0 {
+        match reader.poll(TIMEOUT) {
+            Some(Ok(message)) => {
+                message.payload().map_or(Ok(()), |value| each(message.partition(), message.offset(), value))?;
+            }
+            Some(Err(KafkaError::PartitionEOF(ended))) => {
+                open -= 1;
+                // What comes after its end is of no concern, and the reading has to end.
+                let mut list = TopicPartitionList::new();
+                list.add_partition(topic, ended);
+                reader.pause(&list).map_err(failed)?;
+            }
+            Some(Err(e)) => return Err(failed(e)),
+            None => return Err(Error::unreachable(kafka_at(config), "no answer to a fetch")),
+        }
+    }
+    Ok(())
+}
+
+/// Waits for the transactions that are open now. A broker answers a commit before each partition has its mark: what a checkpoint
+/// says is committed may not be readable everywhere yet, and would seem to be missing.
+fn settle(config: &Config, reader: &BaseConsumer, topic: &str, count: i32) -> Result<()> {
+    let failed = |e: KafkaError| error(&config.kafka, &e);
+    let all: BaseConsumer = self::reader(config, "read_uncommitted").create().map_err(failed)?;
+    let end = |of: &BaseConsumer, p| Ok::<_, Error>(of.fetch_watermarks(topic, p, TIMEOUT).map_err(failed)?.1);
+    let mut waiting = (0..count).map(|p| Ok((p, end(&all, p)?))).collect::<Result<BTreeMap<_, _>>>()?;
+    let (since, mut told) = (Instant::now(), false);
+    loop {
+        for p in 0..count {
+            // With read_committed the end is that of what no open transaction holds back.
+            if let Some(written) = waiting.get(&p).copied()
+                && end(reader, p)? >= written
+            {
+                waiting.remove(&p);
+            }
+        }
+        let Some((partition, written)) = waiting.first_key_value() else { return Ok(()) };
+        if since.elapsed() > OPEN {
+            let held_back = format!(
+                "{topic}, partition {partition}: a transaction has been open for {} s before offset {written}; \
+                 kafka-transactions.sh find-hanging shows whose",
+                OPEN.as_secs()
+            );
+            return Err(Error::unreachable(kafka_at(config), held_back));
+        }
+        if !told && since.elapsed() > SILENT {
+            told = true;
+            info!(topic, partitions = waiting.len(), "waiting for open transactions");
+        }
+        std::thread::sleep(STEP);
+    }
+}
+
+fn reader(config: &Config, isolation: &str) -> ClientConfig {
+    let mut settings = client(&config.kafka);
+    settings.set("group.id", format!("{}.verify", config.pipeline)).set("isolation.level", isolation);
+    settings.set("enable.auto.commit", "false").set("enable.partition.eof", "true").set("auto.offset.reset", "error");
+    settings
+}
+
+fn kafka_at(config: &Config) -> String {
+    format!("Kafka at {}", config.kafka.servers())
+}
+
+fn no_topic(topic: &str) -> Error {
+    Error::refused(
+        "kafka_topics",
+        format!("topic {topic} does not exist"),
+        "a topic for the checkpoint and one for each published table",
+        "falaj init",
+    )
+}
