@@ -16,9 +16,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
 use metrics::{counter, gauge, histogram};
-use rdkafka::Message;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
 use tracing::{info, warn};
@@ -72,7 +70,7 @@ async fn start<'a>(world: &'a World, args: &cli::Consume) -> Result<Outlet<'a>> 
         false => None,
     };
     info!(topic = group.topic(), url = sender.peer.shown_url(), "delivering");
-    Ok(Outlet { world, group, sender: Arc::new(sender), tasks: JoinSet::new(), ends })
+    Ok(Outlet { world, group, sender: Arc::new(sender), tasks: JoinSet::new(), ends, troubled: false })
 }
 
 /// The read loop with everything it holds.
@@ -83,6 +81,8 @@ struct Outlet<'a> {
     tasks: JoinSet<Sent>,
     /// With `--until-end`: the last stable offset of each partition, as found at the start.
     ends: Option<BTreeMap<i32, i64>>,
+    /// Kafka has not answered since.
+    troubled: bool,
 }
 
 impl Outlet<'_> {
@@ -116,22 +116,32 @@ impl Outlet<'_> {
         gauge!("falaj_external_waiting_events").set(ledger.unfinished() as f64);
     }
 
-    fn take(&self, next: Next<'_>) {
+    fn take(&mut self, next: Next) {
         match next {
-            Next::Message(message) => {
-                self.world.health.ok(group::CHECK);
-                self.admit(record(&message));
+            Next::Record(record) => {
+                self.admit(record);
+                self.answered();
             }
             Next::End(partition) => {
-                self.world.health.ok(group::CHECK);
                 if let Some(end) = self.ends.as_ref().and_then(|ends| ends.get(&partition)) {
                     self.group.ledger().lock().reached(partition, *end);
                 }
+                self.answered();
             }
             Next::Trouble(why) => {
-                warn!(why, "reading from Kafka; trying again");
+                // The client connects again by itself and says so for each of its connections: one line is enough.
+                if !std::mem::replace(&mut self.troubled, true) {
+                    warn!(why, "reading from Kafka; the client goes on trying");
+                }
                 self.world.health.failing(group::CHECK, why);
             }
+        }
+    }
+
+    fn answered(&mut self) {
+        self.world.health.ok(group::CHECK);
+        if std::mem::take(&mut self.troubled) {
+            info!("Kafka answers again");
         }
     }
 
@@ -248,17 +258,6 @@ fn delivered(record: &Record) {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     if let Some(committed) = record.timestamp.and_then(|ms| u64::try_from(ms).ok()) {
         histogram!("falaj_external_latency_seconds").record(now.saturating_sub(Duration::from_millis(committed)));
-    }
-}
-
-fn record(message: &impl Message) -> Record {
-    Record {
-        partition: message.partition(),
-        offset: message.offset(),
-        timestamp: message.timestamp().to_millis(),
-        key: message.key().map(<[u8]>::to_vec),
-        body: message.payload().map(Bytes::copy_from_slice),
-        content: Content::read(message.payload()),
     }
 }
 

@@ -5,15 +5,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use metrics::counter;
 use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance, StreamConsumer};
 use rdkafka::error::{KafkaError, KafkaResult};
-use rdkafka::message::BorrowedMessage;
 use rdkafka::{Message, Offset, TopicPartitionList};
 use tracing::{debug, error, info, warn};
 
-use super::ledger::Ledger;
+use super::envelope::Content;
+use super::ledger::{Ledger, Record};
 use crate::error::{Error, Result};
 use crate::kafka::{self, TIMEOUT};
 use crate::world::World;
@@ -24,9 +25,9 @@ pub const CHECK: &str = "kafka_external";
 const FAREWELL: Duration = Duration::from_secs(2);
 
 /// What the read loop sees next.
-pub enum Next<'a> {
+pub enum Next {
     /// A record.
-    Message(BorrowedMessage<'a>),
+    Record(Record),
     /// A partition has nothing more to read at this moment.
     End(i32),
     /// Kafka is not there at the moment; librdkafka goes on trying.
@@ -99,11 +100,11 @@ impl Group {
     ///
     /// # Errors
     /// [`Error::Refused`] for missing rights, [`Error::Fatal`] when librdkafka gives the client up.
-    pub async fn next(&self) -> Result<Next<'_>> {
+    pub async fn next(&self) -> Result<Next> {
         // librdkafka's queue knows nothing of tokio's budget: a full one would keep this thread from everything else.
         tokio::task::coop::consume_budget().await;
         match self.consumer.recv().await {
-            Ok(message) => Ok(Next::Message(message)),
+            Ok(message) => Ok(Next::Record(record(&message))),
             Err(KafkaError::PartitionEOF(partition)) => Ok(Next::End(partition)),
             Err(KafkaError::MessageConsumptionFatal(code)) => Err(Error::fatal("reading from Kafka", code)),
             Err(e) => match kafka::error(&self.config, &e) {
@@ -378,4 +379,15 @@ async fn require_topic(world: &World, topic: String) -> Result<()> {
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|e| Error::fatal("asking Kafka", e))?
+}
+
+fn record(message: &impl Message) -> Record {
+    Record {
+        partition: message.partition(),
+        offset: message.offset(),
+        timestamp: message.timestamp().to_millis(),
+        key: message.key().map(<[u8]>::to_vec),
+        body: message.payload().map(Bytes::copy_from_slice),
+        content: Content::read(message.payload()),
+    }
 }
