@@ -1,6 +1,5 @@
 //! A topic from its beginning to its end, as a read_committed reader sees it. Blocking.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
@@ -28,7 +27,7 @@ const SILENT: Duration = Duration::from_secs(1);
 pub fn read_committed(config: &Config, topic: &str, mut each: impl FnMut(i32, i64, &[u8]) -> Result<()>) -> Result<()> {
     let failed = |e: KafkaError| error(&config.kafka, &e);
     let Some(count) = partitions(&config.kafka, topic)? else { return Err(no_topic(topic)) };
-    let reader: BaseConsumer = reader(config, "read_committed").create().map_err(failed)?;
+    let reader: BaseConsumer = settings(config, "read_committed").create().map_err(failed)?;
     settle(config, &reader, topic, count as i32)?;
     let mut list = TopicPartitionList::new();
     for partition in 0..count as i32 {
@@ -59,37 +58,32 @@ pub fn read_committed(config: &Config, topic: &str, mut each: impl FnMut(i32, i6
 /// says is committed may not be readable everywhere yet, and would seem to be missing.
 fn settle(config: &Config, reader: &BaseConsumer, topic: &str, count: i32) -> Result<()> {
     let failed = |e: KafkaError| error(&config.kafka, &e);
-    let all: BaseConsumer = self::reader(config, "read_uncommitted").create().map_err(failed)?;
+    let all: BaseConsumer = settings(config, "read_uncommitted").create().map_err(failed)?;
     let end = |of: &BaseConsumer, p| Ok::<_, Error>(of.fetch_watermarks(topic, p, TIMEOUT).map_err(failed)?.1);
-    let mut waiting = (0..count).map(|p| Ok((p, end(&all, p)?))).collect::<Result<BTreeMap<_, _>>>()?;
+    let ends = (0..count).map(|p| end(&all, p)).collect::<Result<Vec<_>>>()?;
     let (since, mut told) = (Instant::now(), false);
-    loop {
-        for p in 0..count {
-            // With read_committed the end is that of what no open transaction holds back.
-            if let Some(written) = waiting.get(&p).copied()
-                && end(reader, p)? >= written
-            {
-                waiting.remove(&p);
+    for (partition, written) in (0..).zip(ends) {
+        // With read_committed the end is that of what no open transaction holds back.
+        while end(reader, partition)? < written {
+            if since.elapsed() > OPEN {
+                let why = format!(
+                    "{topic}, partition {partition}: a transaction before offset {written} has been open for {} s; \
+                     kafka-transactions.sh find-hanging shows whose",
+                    OPEN.as_secs()
+                );
+                return Err(Error::unreachable(kafka_at(config), why));
             }
+            if !told && since.elapsed() > SILENT {
+                told = true;
+                info!(topic, partition, "waiting for open transactions");
+            }
+            std::thread::sleep(STEP);
         }
-        let Some((partition, written)) = waiting.first_key_value() else { return Ok(()) };
-        if since.elapsed() > OPEN {
-            let held_back = format!(
-                "{topic}, partition {partition}: a transaction has been open for {} s before offset {written}; \
-                 kafka-transactions.sh find-hanging shows whose",
-                OPEN.as_secs()
-            );
-            return Err(Error::unreachable(kafka_at(config), held_back));
-        }
-        if !told && since.elapsed() > SILENT {
-            told = true;
-            info!(topic, partitions = waiting.len(), "waiting for open transactions");
-        }
-        std::thread::sleep(STEP);
     }
+    Ok(())
 }
 
-fn reader(config: &Config, isolation: &str) -> ClientConfig {
+fn settings(config: &Config, isolation: &str) -> ClientConfig {
     let mut settings = client(&config.kafka);
     settings.set("group.id", format!("{}.verify", config.pipeline)).set("isolation.level", isolation);
     settings.set("enable.auto.commit", "false").set("enable.partition.eof", "true").set("auto.offset.reset", "error");
