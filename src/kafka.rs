@@ -4,7 +4,7 @@ mod committed;
 mod topic_id;
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::{Client, DefaultClientContext};
@@ -20,6 +20,8 @@ pub use topic_id::topic_id;
 
 /// How long a metadata or admin request may take.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
+/// Between two looks at whether a broker names a new topic.
+const STEP: Duration = Duration::from_millis(10);
 
 /// A client configuration with the user's librdkafka keys. Roles set their own keys *after* this: a promise is not configurable.
 pub fn client(config: &Kafka) -> ClientConfig {
@@ -77,7 +79,9 @@ pub fn error(config: &Kafka, e: &KafkaError) -> Error {
     }
 }
 
-/// Creates topics that are absent. `configs` are topic settings such as `("cleanup.policy", "compact")`.
+/// Creates a topic that is absent, and waits until the broker names it: it answers as soon as the controller knows the topic,
+/// and a busy one says for some time yet that there is none. `configs` are topic settings such as
+/// `("cleanup.policy", "compact")`.
 ///
 /// # Errors
 /// [`Error::Unreachable`] or [`Error::Refused`]; a topic that exists is no error.
@@ -87,7 +91,8 @@ pub async fn create_topic(config: &Kafka, name: &str, partitions: i32, configs: 
         topic = topic.set(key, value);
     }
     let options = AdminOptions::new().operation_timeout(Some(TIMEOUT)).request_timeout(Some(TIMEOUT));
-    let answers = admin(config)?.create_topics([&topic], &options).await.map_err(|e| error(config, &e))?;
+    let admin = admin(config)?;
+    let answers = admin.create_topics([&topic], &options).await.map_err(|e| error(config, &e))?;
     for answer in answers {
         match answer {
             Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
@@ -101,7 +106,26 @@ pub async fn create_topic(config: &Kafka, name: &str, partitions: i32, configs: 
             }
         }
     }
+    let (config, name) = (config.clone(), name.to_owned());
+    blocking(move || until_named(&config, &admin, &name)).await
+}
+
+/// Blocking: call it from a blocking thread.
+fn until_named(config: &Kafka, admin: &AdminClient<DefaultClientContext>, topic: &str) -> Result<()> {
+    let deadline = Instant::now() + TIMEOUT;
+    while !topics_of(config, admin.inner(), TIMEOUT)?.contains_key(topic) {
+        if Instant::now() > deadline {
+            let at = format!("Kafka at {}", config.servers());
+            return Err(Error::unreachable(at, format!("topic {topic} was created and is still not named")));
+        }
+        std::thread::sleep(STEP);
+    }
     Ok(())
+}
+
+/// Runs what blocks where it may.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::fatal("asking Kafka", e))?
 }
 
 /// Partition count of a topic; `None` when it does not exist. Blocking: call it from a blocking thread.

@@ -20,6 +20,7 @@ use super::latency::Latency;
 use super::redis::{Applied, Call, FROM_ARCHIVE, Store};
 use crate::cli::Consume;
 use crate::error::{Error, Result};
+use crate::kafka::blocking;
 use crate::world::World;
 
 /// The table that the board counts.
@@ -47,7 +48,11 @@ pub async fn run(world: &World, args: &Consume) -> Result<()> {
     let input = Arc::new(Input::open(&world.config, TABLE)?);
     let ready = async {
         info!("Redis: {}", world.at_start("redis", || store.preflight()).await?);
-        world.at_start("kafka_board", || blocking(&input, Input::ends)).await
+        let ends = || {
+            let input = input.clone();
+            blocking(move || input.ends())
+        };
+        world.at_start("kafka_board", ends).await
     };
     let ends = tokio::select! {
         ends = ready => ends?,
@@ -76,14 +81,6 @@ pub async fn run(world: &World, args: &Consume) -> Result<()> {
     // The last word, unless Redis is away.
     let _ = tokio::time::timeout(LAST_REPORT, board::report_once(&store, &latency)).await;
     Ok(())
-}
-
-async fn blocking<T: Send + 'static>(
-    input: &Arc<Input>,
-    op: impl FnOnce(&Input) -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let input = input.clone();
-    tokio::task::spawn_blocking(move || op(&input)).await.map_err(|e| Error::fatal("asking Kafka", e))?
 }
 
 struct Reader {

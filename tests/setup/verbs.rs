@@ -4,7 +4,9 @@ use std::fs;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use falaj::config::Config;
 use falaj::enrich::state;
+use falaj::kafka::{TIMEOUT, create_topic, topics};
 use falaj::source::conn::Conninfo;
 use falaj::source::wire::Wire;
 use serde_json::Value;
@@ -251,6 +253,19 @@ async fn check_notes_a_slot_in_use_and_tables_without_identity() {
     let sql = "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots WHERE slot_name::text = $1";
     place.sql().await.query(sql, &[&place.name]).await.unwrap();
     place.leave().await;
+}
+
+/// A broker says that a topic is made before it knows it itself.
+#[tokio::test]
+async fn a_topic_just_made_is_there_for_who_comes_next() {
+    let kafka = Config::load(None, std::env::vars()).unwrap().kafka;
+    for number in 0..10 {
+        let topic = format!("setup_next_{}.{number}", std::process::id());
+        create_topic(&kafka, &topic, 48, &[]).await.unwrap();
+        let asked = kafka.clone();
+        let topics = tokio::task::spawn_blocking(move || topics(&asked, TIMEOUT)).await.unwrap().unwrap();
+        assert_eq!((number, topics.get(&topic)), (number, Some(&48)));
+    }
 }
 
 #[tokio::test]

@@ -16,7 +16,7 @@ use tracing::{debug, error, info, warn};
 use super::envelope::Content;
 use super::ledger::{Ledger, Record};
 use crate::error::{Error, Result};
-use crate::kafka::{self, TIMEOUT};
+use crate::kafka::{self, TIMEOUT, blocking};
 use crate::world::World;
 
 /// Name of the check in /readyz: this path's own connection to Kafka.
@@ -375,10 +375,6 @@ async fn require_topic(world: &World, topic: String) -> Result<()> {
         "the topics of this pipeline; they are made by init, never by accident",
         "run: falaj init",
     ))
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::fatal("asking Kafka", e))?
 }
 
 fn record(message: &impl Message) -> Record {
