@@ -238,6 +238,14 @@ pub fn cpu_seconds(pid: u32) -> Option<f64> {
     Stat::read(pid).map(|s| s.cpu_seconds)
 }
 
+/// CPU seconds so far of the threads with which a JVM compiles; `None` when there is no such process. A thread that has ended
+/// counts no more, so the JVM must keep its compilers (`-XX:-UseDynamicNumberOfCompilerThreads`).
+pub fn compiler_seconds(pid: u32) -> Option<f64> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
+    let stats = threads.filter_map(|thread| Stat::read_file(&thread.path().join("stat")));
+    Some(stats.filter(|stat| stat.name.contains("CompilerThre")).map(|stat| stat.cpu_seconds).sum())
+}
+
 /// CPU seconds that all cores together have worked, whoever for, since the machine came up.
 pub fn machine_cpu_seconds() -> Result<f64> {
     let stat = fs::read_to_string("/proc/stat")?;
@@ -249,6 +257,7 @@ pub fn machine_cpu_seconds() -> Result<f64> {
 
 /// Fields of /proc/PID/stat (proc(5)).
 struct Stat {
+    name: String,
     state: String,
     parent: u32,
     cpu_seconds: f64,
@@ -256,11 +265,17 @@ struct Stat {
 
 impl Stat {
     fn read(pid: u32) -> Option<Self> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name before it may hold blanks and brackets.
-        let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
+        Self::read_file(Path::new(&format!("/proc/{pid}/stat")))
+    }
+
+    fn read_file(file: &Path) -> Option<Self> {
+        let stat = fs::read_to_string(file).ok()?;
+        // The name may hold blanks and brackets.
+        let (before, after) = stat.rsplit_once(") ")?;
+        let fields: Vec<&str> = after.split(' ').collect();
         let ticks = |at: usize| fields.get(at)?.parse::<f64>().ok();
         Some(Self {
+            name: before.split_once('(')?.1.to_owned(),
             state: fields.first()?.to_string(),
             parent: fields.get(1)?.parse().ok()?,
             cpu_seconds: (ticks(11)? + ticks(12)?) / TICKS_PER_SECOND,

@@ -23,9 +23,6 @@ pub struct Speed {
     pub runs: Vec<Run>,
     /// The peers that could not be measured.
     pub absent: Vec<Absent>,
-    /// Whether Kafka has been warmed up.
-    #[serde(skip)]
-    warm: bool,
 }
 
 /// A peer that could not be measured, or not in every round.
@@ -60,19 +57,12 @@ impl Speed {
         Some(last.chars().take(160).map(|c| if c == '|' { '/' } else { c }).collect())
     }
 
-    /// Before the first round of all.
-    async fn warm_up(&mut self, stack: &Stack, backlog: &Backlog) -> Result<()> {
-        if self.warm || !backlog.workload.readers.contains(&Reader::Kafka) {
-            return Ok(());
-        }
-        self.warm = true;
-        warm::up(|number| reader::run(stack, backlog, Reader::Kafka, number)).await
-    }
-
     /// A B C A B C …: what drifts in the machine meets all readers alike.
     pub async fn take_turns(&mut self, stack: &Stack, backlog: &Backlog) -> Result<()> {
         let Workload { name, rounds, readers, peers, .. } = backlog.workload;
-        self.warm_up(stack, backlog).await?;
+        if readers.contains(&Reader::Kafka) {
+            warm::up(stack, |number| reader::run(stack, backlog, Reader::Kafka, number)).await?;
+        }
         for round in 1..=rounds {
             let peers = if round % 2 == 1 { peers } else { &[] };
             for reader in readers.iter().chain(peers).copied() {

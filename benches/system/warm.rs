@@ -1,29 +1,37 @@
-//! The broker's JVM compiles its code while it works: the first readings into Kafka take twice the time of later ones.
+//! The broker's JVM compiles its code while it works: the first readings into Kafka take twice the time of later ones, and
+//! what many partitions or many tables need is compiled only when they come.
 
 use std::future::Future;
 use std::ops::Range;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 
+use crate::process::compiler_seconds;
 use crate::reader::Run;
+use crate::stack::Stack;
 
 /// Numbers of the readings, in the names that they have in the servers; as many as there may be.
-const NUMBERS: Range<usize> = 900..910;
-/// A reading is faster when its rate is this many times the other's.
-const FASTER: f64 = 1.03;
-/// So many in a row that are no faster are enough.
+const NUMBERS: Range<usize> = 900..930;
+/// A reading meanwhile the JVM's compilers worked less than this part of the time has found a warm broker.
+const COMPILING: f64 = 0.1;
+/// So many in a row are enough.
 const ENOUGH: usize = 2;
 
-/// Readings that are not counted, until the broker has got no faster for a while.
-pub async fn up<F: Future<Output = Result<Run>>>(read: impl Fn(usize) -> F) -> Result<()> {
-    let (mut fastest, mut no_faster) = (0.0, 0);
+/// Readings that are not counted, until the broker has compiled what they need.
+pub async fn up<F: Future<Output = Result<Run>>>(stack: &Stack, read: impl Fn(usize) -> F) -> Result<()> {
+    let compiled = || compiler_seconds(stack.servers.kafka).context("the broker is gone");
+    let mut warm = 0;
     for number in NUMBERS {
-        let rate = read(number).await.context("warming up Kafka")?.rows_per_second;
-        no_faster = if rate > FASTER * fastest { 0 } else { no_faster + 1 };
-        fastest = rate.max(fastest);
-        if no_faster == ENOUGH {
-            break;
+        let (began, before) = (Instant::now(), compiled()?);
+        read(number).await.context("warming up Kafka")?;
+        let share = (compiled()? - before) / began.elapsed().as_secs_f64();
+        warm = if share < COMPILING { warm + 1 } else { 0 };
+        if warm == ENOUGH {
+            eprintln!("bench     Kafka is warm after {} readings", number - NUMBERS.start + 1);
+            return Ok(());
         }
     }
+    eprintln!("bench     Kafka's JVM still compiles after {} readings", NUMBERS.len());
     Ok(())
 }

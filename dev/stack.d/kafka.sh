@@ -75,6 +75,10 @@ inter.broker.listener.name=BROKER
 listener.security.protocol.map=BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT
 log.dirs=$1/data
 auto.create.topics.enable=false
+# A topic that is removed gives its memory and its disk back at once.
+log.segment.delete.delay.ms=1000
+# Two indexes a partition are mapped at their full size, 10 MB each by default.
+log.index.size.max.bytes=1048576
 num.partitions=4
 min.insync.replicas=1
 default.replication.factor=1
@@ -102,7 +106,9 @@ kafka_java() {
 # each time, in the same order.
 kafka_java_line() {
     local jvm=(-Xms256m -Xmx256m -XX:+UseSerialGC -XX:TieredStopAtLevel=1) jars
-    [[ $1 != bench ]] || jvm=(-Xms512m -Xmx512m -XX:+UseG1GC -XX:MaxGCPauseMillis=20)
+    [[ $1 != bench ]] || jvm=(-Xms512m -Xmx512m -XX:+UseG1GC -XX:MaxGCPauseMillis=20
+        # Its memory and its compilers are there from the start, so that the bench can see when it is warm.
+        -XX:+AlwaysPreTouch -XX:-UseDynamicNumberOfCompilerThreads)
     shift
     jars=$(printf '%s:' "$cache/kafka-$kafka_version/jars"/*.jar)
     java_line=(java "${jvm[@]}" -Djava.awt.headless=true "-Dlog4j2.configurationFile=$parts/kafka-log4j2.xml"

@@ -80,7 +80,7 @@ pub async fn measure(stack: &Stack) -> Result<Growth> {
         let partitions = if contents == USUAL.0 { &PARTITIONS[..] } else { &[USUAL.1][..] };
         if contents == CONTENTS[0] {
             for partitions in PARTITIONS {
-                warm::up(|number| read(stack, &backlog, partitions, number + 100 * partitions as usize)).await?;
+                warm::up(stack, |number| read(stack, &backlog, partitions, number + 100 * partitions as usize)).await?;
             }
         }
         for _ in 0..FIXED.1 {
