@@ -142,11 +142,8 @@ async fn sink(
         while let Some(range) = ranges.pop() {
             let fold = Fold::new(table, range, bound, source.changed(table), args.memory.0);
             let fold = tokio::task::block_in_place(|| match name {
-                SinkName::Kafka => kafka::fold(&world.config, table, fold, |lsn| source.sees(lsn)),
-                SinkName::Archive => {
-                    let (dir, from) = (&world.config.archive.dir, Position { commit_lsn: Lsn(0), ordinal: 0 });
-                    archive::fold(dir, table, Form::Json, from, fold, |lsn| source.sees(lsn))
-                }
+                SinkName::Kafka => kafka::fold(world, table, fold, |lsn| source.sees(lsn)),
+                SinkName::Archive => archive::fold(world, table, Form::Json, START, fold, |lsn| source.sees(lsn)),
             })?;
             compare(source, table, Form::Json, (range, fold), &mut ranges, &mut report).await?;
         }
@@ -226,9 +223,8 @@ async fn bigquery(world: &World, source: &Source, project: &str, args: &cli::Ver
             if let Some(found) = &found {
                 fold = found.fold(fold, |lsn| source.sees(lsn)).await?;
             }
-            let dir = &world.config.archive.dir;
             let fold = tokio::task::block_in_place(|| {
-                archive::fold(dir, table, Form::Warehouse, bound, fold, |lsn| source.sees(lsn))
+                archive::fold(world, table, Form::Warehouse, bound, fold, |lsn| source.sees(lsn))
             })?;
             compare(source, table, Form::Warehouse, (range, fold), &mut ranges, &mut report).await?;
         }

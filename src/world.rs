@@ -68,6 +68,17 @@ pub fn backoff_from(first: Duration) -> ExponentialBackoff {
         .build()
 }
 
+/// For blocking loops, which nobody can cancel.
+///
+/// # Errors
+/// [`Error::Fatal`] once the shutdown has been asked for.
+pub fn go_on(stop: &CancellationToken) -> Result<()> {
+    match stop.is_cancelled() {
+        true => Err(Error::Fatal("shut down before everything was read".into())),
+        false => Ok(()),
+    }
+}
+
 /// Writes to stdout. A pipe whose reader has seen enough is no error.
 ///
 /// # Errors

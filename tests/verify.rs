@@ -94,6 +94,20 @@ async fn events_behind_an_open_transaction_are_waited_for() {
     assert_eq!((&found["source"], &found["sink"]["rows"]), (&found["sink"], &Value::from(20)), "{report}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_does_not_wait_for_an_open_transaction() {
+    let p = Pipeline::new("verify_stopped").await;
+    let open =
+        kafka::open_transaction(&p.config, &p.config.topic("engagement_events"), p.config.kafka.partitions).await;
+    let mut verify = p.start(&["verify"]);
+    verify.says("waiting for open transactions").await;
+    verify.signal("-TERM");
+    let ended = verify.end().await;
+    assert_eq!((ended.code, ended.log.contains("shut down before everything was")), (Some(1), true), "{}", ended.log);
+    assert!(!ended.log.contains("not drained within"), "{}", ended.log);
+    tokio::task::spawn_blocking(move || open.abort_transaction(DEADLINE).unwrap()).await.unwrap();
+}
+
 /// With little memory the table is compared in several ranges of keys; what is found is the same.
 async fn the_same_by_ranges(p: &Pipeline, sink: &str, whole: &Value) {
     let (code, report) = verify(p, &["--memory", "4KiB"]).await;

@@ -21,6 +21,7 @@ use crate::kafka;
 use crate::lsn::{Lsn, Position};
 use crate::mock_external::{Counts, Mock};
 use crate::source::conn::sql_error;
+use crate::world::World;
 
 const TABLE: &str = "engagement_events";
 const LOOKUP: &str = "content";
@@ -68,8 +69,8 @@ pub(super) async fn count(stage: &Stage, mock: &Mock) -> Result<Tally> {
     let rows = counted.map_err(|e| sql_error("counting the rows", &e))?.get::<_, i64>(0).unsigned_abs();
 
     let board = read_board(config, 1).await?;
-    let events = topic(config, TABLE).await?;
-    let changes = topic(config, LOOKUP).await?;
+    let events = topic(&stage.world, TABLE).await?;
+    let changes = topic(&stage.world, LOOKUP).await?;
     let (files, lookup_files) = (parquet(config, TABLE).await?, parquet(config, LOOKUP).await?);
     let ids = |ids: &Ids| format!("{} events, {} ids", ids.rows, ids.ids.len());
     let mut findings = vec![
@@ -148,11 +149,11 @@ fn redis(board: &BoardView, events: &Ids) -> Result<Finding> {
 }
 
 /// All events of a table's topic.
-async fn topic(config: &Arc<Config>, table: &'static str) -> Result<Ids> {
-    let config = config.clone();
+async fn topic(world: &World, table: &'static str) -> Result<Ids> {
+    let World { config, stop, .. } = world.clone();
     let read = tokio::task::spawn_blocking(move || {
         let mut ids = Ids::default();
-        kafka::read_committed(&config, &config.topic(table), |_, _, value| ids.add(value, table))?;
+        kafka::read_committed(&config, &config.topic(table), &stop, |_, _, value| ids.add(value, table))?;
         Ok(ids)
     });
     read.await.map_err(|e| Error::fatal("counting in Kafka", e))?

@@ -6,11 +6,13 @@ use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::{Message, Offset, TopicPartitionList};
+use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::{TIMEOUT, client, error, partitions};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::world::go_on;
 
 /// How long an open transaction is waited for: a producer that has died leaves one for 60 s (`transaction.timeout.ms`).
 const OPEN: Duration = Duration::from_secs(70);
@@ -23,12 +25,17 @@ const SILENT: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// [`Error::Refused`] for a topic that is not there; [`Error::Unreachable`] when no broker answers, or when a transaction stays open
-/// for longer than falaj's own ever do; those of `each`.
-pub fn read_committed(config: &Config, topic: &str, mut each: impl FnMut(i32, i64, &[u8]) -> Result<()>) -> Result<()> {
+/// for longer than falaj's own ever do; [`Error::Fatal`] once `stop` is cancelled; those of `each`.
+pub fn read_committed(
+    config: &Config,
+    topic: &str,
+    stop: &CancellationToken,
+    mut each: impl FnMut(i32, i64, &[u8]) -> Result<()>,
+) -> Result<()> {
     let failed = |e: KafkaError| error(&config.kafka, &e);
     let Some(count) = partitions(&config.kafka, topic)? else { return Err(no_topic(topic)) };
     let reader: BaseConsumer = settings(config, "read_committed").create().map_err(failed)?;
-    settle(config, &reader, topic, count as i32)?;
+    settle(config, &reader, topic, count as i32, stop)?;
     let mut list = TopicPartitionList::new();
     for partition in 0..count as i32 {
         list.add_partition_offset(topic, partition, Offset::Beginning).map_err(failed)?;
@@ -36,6 +43,7 @@ pub fn read_committed(config: &Config, topic: &str, mut each: impl FnMut(i32, i6
     reader.assign(&list).map_err(failed)?;
     let mut open = count;
     while open > 0 {
+        go_on(stop)?;
         match reader.poll(TIMEOUT) {
             Some(Ok(message)) => {
                 message.payload().map_or(Ok(()), |value| each(message.partition(), message.offset(), value))?;
@@ -56,7 +64,7 @@ pub fn read_committed(config: &Config, topic: &str, mut each: impl FnMut(i32, i6
 
 /// Waits for the transactions that are open now. A broker answers a commit before each partition has its mark: what a checkpoint
 /// says is committed may not be readable everywhere yet, and would seem to be missing.
-fn settle(config: &Config, reader: &BaseConsumer, topic: &str, count: i32) -> Result<()> {
+fn settle(config: &Config, reader: &BaseConsumer, topic: &str, count: i32, stop: &CancellationToken) -> Result<()> {
     let failed = |e: KafkaError| error(&config.kafka, &e);
     let all: BaseConsumer = settings(config, "read_uncommitted").create().map_err(failed)?;
     let end = |of: &BaseConsumer, p| Ok::<_, Error>(of.fetch_watermarks(topic, p, TIMEOUT).map_err(failed)?.1);
@@ -65,6 +73,7 @@ fn settle(config: &Config, reader: &BaseConsumer, topic: &str, count: i32) -> Re
     for (partition, written) in (0..).zip(ends) {
         // With read_committed the end is that of what no open transaction holds back.
         while end(reader, partition)? < written {
+            go_on(stop)?;
             if since.elapsed() > OPEN {
                 let why = format!(
                     "{topic}, partition {partition}: a transaction before offset {written} has been open for {} s; \

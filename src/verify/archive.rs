@@ -1,7 +1,5 @@
 //! A table's events in the archive → facts. Blocking.
 
-use std::path::Path;
-
 use super::fold::{Fact, Fold};
 use super::table::{Form, Table, canonical, hash, old_key};
 use crate::change::Op;
@@ -10,6 +8,7 @@ use crate::event::{Event, OldKey};
 use crate::lsn::{Lsn, Position};
 use crate::pgoutput::Cell;
 use crate::playback::{Rows, batches};
+use crate::world::{World, go_on};
 
 /// What is decoded at once, in bytes.
 const PIECE: usize = 8 << 20;
@@ -17,9 +16,9 @@ const PIECE: usize = 8 << 20;
 /// Folds a table's events from `from` on. `sees` says whether the snapshot sees a commit.
 ///
 /// # Errors
-/// [`crate::error::Error`] for a batch that is missing, of another stream, or cannot be read.
+/// [`crate::error::Error`] for a batch that is missing, of another stream, or cannot be read, and for a shutdown meanwhile.
 pub(super) fn fold(
-    dir: &Path,
+    world: &World,
     table: &Table,
     form: Form,
     from: Position,
@@ -27,11 +26,12 @@ pub(super) fn fold(
     sees: impl Fn(Lsn) -> bool,
 ) -> Result<Fold> {
     let mut values = Vec::new();
-    for batch in batches(dir)?.into_iter().filter(|batch| batch.last >= from) {
+    for batch in batches(&world.config.archive.dir)?.into_iter().filter(|batch| batch.last >= from) {
         for file in batch.files()?.into_iter().filter(|file| file.table == table.name) {
             // File by file, whatever stands in them: a gap or a doubled row is to be named, not to end the reading.
             let mut rows = Rows::open(&file, 0, PIECE)?.unordered();
             while rows.advance()?.is_some() {
+                go_on(&world.stop)?;
                 let Some(event) = rows.event() else { continue };
                 if event.at >= from && sees(event.at.commit_lsn) {
                     push(table, form, &event, &mut values, &mut fold)?;

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
 use super::report::{BoardReport, MOST_NAMED};
 use crate::config::Config;
 use crate::consume::batch::{FUTURE_SECONDS, LATE_SECONDS, WINDOW_BUCKETS, bucket_of};
@@ -50,8 +52,8 @@ pub(super) async fn compare(world: &World) -> Result<Result<BoardReport, String>
     if claim.generation.is_empty() || claim.offsets.is_empty() {
         return Ok(Err("board: there is none (falaj consume has not run)".to_owned()));
     }
-    let config = Arc::clone(&world.config);
-    let counted = tokio::task::spawn_blocking(move || recount(&config, &claim, first, last)).await;
+    let (config, stop) = (Arc::clone(&world.config), world.stop.clone());
+    let counted = tokio::task::spawn_blocking(move || recount(&config, &stop, &claim, first, last)).await;
     let counted = counted.map_err(|e| Error::fatal("recounting the board", e))??;
     Ok(Ok(report(&shown(rows), &counted)))
 }
@@ -78,10 +80,10 @@ fn shown((contents, devices, late, future): Rows) -> Counts {
     }
 }
 
-fn recount(config: &Config, claim: &Claim, first: i64, last: i64) -> Result<Counts> {
+fn recount(config: &Config, stop: &CancellationToken, claim: &Claim, first: i64, last: i64) -> Result<Counts> {
     let topic = config.topic(TABLE);
     let mut counts = Counts::default();
-    kafka::read_committed(config, &topic, |partition, offset, value| {
+    kafka::read_committed(config, &topic, stop, |partition, offset, value| {
         if claim.offsets.get(&partition).is_some_and(|next| offset < *next) {
             let strange =
                 |why| Error::fatal(format_args!("reading {topic}, partition {partition}, offset {offset}"), why);

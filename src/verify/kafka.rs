@@ -8,19 +8,19 @@ use serde_json::value::RawValue;
 use super::fold::{Fact, Fold};
 use super::table::{Form, Table, hash, old_key, trimmed};
 use crate::change::Op;
-use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kafka;
 use crate::lsn::{Lsn, Position};
+use crate::world::World;
 
 /// Folds a table's events. `sees` says whether the snapshot sees a commit.
 ///
 /// # Errors
 /// As [`kafka::read_committed`]; [`Error::Fatal`] for a record that is no event.
-pub(super) fn fold(config: &Config, table: &Table, mut fold: Fold, sees: impl Fn(Lsn) -> bool) -> Result<Fold> {
-    let topic = config.topic(&table.name);
+pub(super) fn fold(world: &World, table: &Table, mut fold: Fold, sees: impl Fn(Lsn) -> bool) -> Result<Fold> {
+    let topic = world.config.topic(&table.name);
     let mut values = Vec::new();
-    kafka::read_committed(config, &topic, |partition, offset, value| {
+    kafka::read_committed(&world.config, &topic, &world.stop, |partition, offset, value| {
         let strange = |why: &dyn std::fmt::Display| {
             Error::fatal(format_args!("reading {topic}, partition {partition}, offset {offset}"), why)
         };
