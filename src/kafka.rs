@@ -23,6 +23,13 @@ pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two looks at whether a broker names a new topic.
 const STEP: Duration = Duration::from_millis(10);
 
+/// Settings that falaj has a value for, and librdkafka's other names for them.
+const ALIASES: [(&str, &str); 3] = [
+    ("compression.type", "compression.codec"),
+    ("linger.ms", "queue.buffering.max.ms"),
+    ("message.timeout.ms", "delivery.timeout.ms"),
+];
+
 /// A client configuration with the user's librdkafka keys. Roles set their own keys *after* this: a promise is not configurable.
 pub fn client(config: &Kafka) -> ClientConfig {
     client_over(config, &[])
@@ -33,7 +40,11 @@ pub fn client_over(config: &Kafka, defaults: &[(&str, &str)]) -> ClientConfig {
     let mut client = ClientConfig::new();
     client.set("client.id", "falaj");
     for (key, value) in defaults {
-        client.set(*key, *value);
+        // Of two names for one thing librdkafka would take either.
+        let alias = ALIASES.iter().find(|(name, _)| name == key).map(|(_, alias)| *alias);
+        if alias.is_none_or(|alias| !config.client.contains_key(alias)) {
+            client.set(*key, *value);
+        }
     }
     for (key, value) in &config.client {
         client.set(key, value);
@@ -159,4 +170,27 @@ pub fn topics_of<C: ClientContext>(
     let metadata = client.fetch_metadata(None, patience).map_err(|e| error(config, &e))?;
     let usable = metadata.topics().iter().filter(|t| t.error().is_none() && !t.partitions().is_empty());
     Ok(usable.map(|t| (t.name().to_owned(), t.partitions().len())).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn the_users_keys_replace_defaults_under_either_name() {
+        let mut config = Config::load(None, []).unwrap().kafka;
+        let defaults = [("compression.type", "lz4"), ("linger.ms", "20"), ("partitioner", "murmur2_random")];
+        let all = |config: &Kafka| {
+            let client = client_over(config, &defaults);
+            ["compression.type", "compression.codec", "linger.ms"].map(|key| client.get(key).map(str::to_owned))
+        };
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(all(&config), [some("lz4"), None, some("20")]);
+        config.client.insert("compression.codec".into(), "none".into());
+        config.client.insert("linger.ms".into(), "5".into());
+        assert_eq!(all(&config), [None, some("none"), some("5")]);
+        config.client = [("compression.type".to_owned(), "zstd".to_owned())].into();
+        assert_eq!(all(&config), [some("zstd"), None, some("20")]);
+    }
 }

@@ -269,6 +269,8 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer<Repor
             ("transaction.timeout.ms", "60000"),
             ("message.timeout.ms", "45000"),
             ("partitioner", "murmur2_random"),
+            // A fifth of the bytes for the kernel to copy, for the network and for the broker's disk (docs/benchmarks.md).
+            ("compression.type", "lz4"),
         ],
     );
     settings
