@@ -76,7 +76,7 @@ topic.creation.enable=false
 producer.linger.ms=20
 producer.batch.size=262144
 producer.buffer.memory=67108864
-producer.compression.type=none
+producer.compression.type=lz4
 CONF
     if [[ $1 == *exactly-once ]]; then
         cat <<CONF
