@@ -2,8 +2,10 @@
 //!
 //! The body holds nothing of the clock or the process, so the same change gives the same bytes whenever it is sent.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use serde_json::value::RawValue;
 use smallvec::SmallVec;
 
 use crate::change::Op;
@@ -241,14 +243,33 @@ impl Event<'_> {
     /// Appends the key that the row had before, where an update changed it and the record key is the row's own.
     ///
     /// # Errors
-    /// [`value::BadValue`] when a cell is not of its column's type.
+    /// [`value::BadValue`] when a cell is not of its column's type, or the archive's JSON of it does not tell its text.
     pub fn write_previous_key(&self, out: &mut Vec<u8>) -> Converted<bool> {
-        match &self.old_key {
-            Some(OldKey::Row(old)) if self.layout.is_keyed_by_row() && self.is_key_changed() => {
-                self.write_row_key(old, out)
-            }
-            _ => Ok(false),
+        if !self.layout.is_keyed_by_row() || !self.is_key_changed() {
+            return Ok(false);
         }
+        match &self.old_key {
+            None => Ok(false),
+            Some(OldKey::Row(old)) => self.write_row_key(old, out),
+            Some(OldKey::Json(json)) => self.write_archived_key(json, out),
+        }
+    }
+
+    /// The same from the object that [`Event::write_old_key`] has written.
+    fn write_archived_key(&self, json: &str, out: &mut Vec<u8>) -> Converted<bool> {
+        let bad = |e: serde_json::Error| value::BadValue { ty: Type::Json, found: format!("_old_key {json}: {e}") };
+        let values: BTreeMap<String, &RawValue> = serde_json::from_str(json).map_err(bad)?;
+        let mut texts = Vec::new();
+        for at in &self.layout.primary_key {
+            let OutColumn { name, ty, .. } = &self.layout.columns[*at];
+            let value = values.get(name).map(|raw| value::text_of_json(*ty, raw.get())).transpose()?;
+            texts.push((*at, value.flatten()));
+        }
+        let mut cells = vec![Cell::Null; self.layout.columns.len()];
+        for (at, text) in &texts {
+            cells[*at] = text.as_ref().map_or(Cell::Null, |text| Cell::Text(text.as_bytes()));
+        }
+        self.write_row_key(&cells, out)
     }
 
     /// Appends the primary key of these cells as text, an array of texts when composite.
@@ -368,6 +389,22 @@ mod tests {
         let e = event(&l, Op::Truncate, &[]);
         assert!(json(&e).starts_with("{\"_id\":"));
         assert_eq!(key(&e), None);
+    }
+
+    #[test]
+    fn the_key_before_an_update_is_the_same_from_the_archive() {
+        let l = Arc::new(Layout { primary_key: vec![0, 2], key: None, ..bare() });
+        fn update<'a>(l: &'a Arc<Layout>, old_key: OldKey<'a>) -> Event<'a> {
+            let e = event(l, Op::Update, &[Cell::Text(b"8"), Cell::Null, Cell::Text(b"x")]);
+            Event { old_key: Some(old_key), ..e }
+        }
+        let e = update(&l, OldKey::Row(vec![Cell::Text(b"7"), Cell::Null, Cell::Text(b"a\"\n")]));
+        let (mut live, mut json, mut archived) = (Vec::new(), Vec::new(), Vec::new());
+        assert!(e.write_previous_key(&mut live).unwrap() && e.write_old_key(&mut json).unwrap());
+        let json = String::from_utf8(json).unwrap();
+        assert!(update(&l, OldKey::Json(&json)).write_previous_key(&mut archived).unwrap());
+        assert_eq!(archived, live);
+        assert_eq!(live, br#"["7","a\"\n"]"#);
     }
 
     #[test]

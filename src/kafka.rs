@@ -172,6 +172,16 @@ pub fn topics_of<C: ClientContext>(
     Ok(usable.map(|t| (t.name().to_owned(), t.partitions().len())).collect())
 }
 
+/// A topic that is not there: `init` makes them, nothing else does by accident.
+pub fn no_topic(topic: &str) -> Error {
+    Error::refused(
+        "kafka_topics",
+        format!("topic {topic} does not exist"),
+        "a topic for the checkpoint, one for dead letters and one for each published table",
+        "falaj init",
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

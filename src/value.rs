@@ -8,7 +8,7 @@ mod time;
 use crate::pgoutput::Cell;
 use crate::schema::Type;
 
-pub use json::{write_json, write_json_string};
+pub use json::{text_of_json, write_json, write_json_string};
 pub use number::{Decimal, decimal};
 pub(crate) use time::write_rfc3339;
 pub use time::{EPOCH_DAYS, Instant, days_of_date, micros_of_timestamp};

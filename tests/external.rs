@@ -232,7 +232,7 @@ async fn more_than_the_window_holds_goes_through_in_order() {
 async fn what_is_wrong_at_the_start_is_said_with_its_code() {
     let mut stage = Stage::bare("start", Faults::default()).await;
     let (code, log) = stage.consume(&["--until-end"]).end().await;
-    assert_eq!((code, log.contains("run: falaj init")), (Some(78), true), "{log}");
+    assert_eq!((code, log.contains("fix:    falaj init")), (Some(78), true), "{log}");
 
     stage.set("FALAJ_EXTERNAL__URL", "ftp://127.0.0.1/events");
     let (code, log) = stage.consume(&[]).end().await;

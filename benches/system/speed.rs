@@ -60,11 +60,14 @@ impl Speed {
     /// A B C A B C …: what drifts in the machine meets all readers alike.
     pub async fn take_turns(&mut self, stack: &Stack, backlog: &Backlog) -> Result<()> {
         let Workload { name, rounds, readers, peers, .. } = backlog.workload;
-        if readers.contains(&Reader::Kafka) {
-            warm::up(stack, |number| reader::run(stack, backlog, Reader::Kafka, number)).await?;
-        }
+        let mut is_cold = readers.contains(&Reader::Kafka);
         for round in 1..=rounds {
+            if is_cold {
+                warm::up(stack, |number| reader::run(stack, backlog, Reader::Kafka, number + 40 * round)).await?;
+            }
             let peers = if round % 2 == 1 { peers } else { &[] };
+            // The peers write in other ways: what the broker had compiled for falaj's is compiled anew after them.
+            is_cold = !peers.is_empty();
             for reader in readers.iter().chain(peers).copied() {
                 if self.why_absent(reader).is_some() {
                     continue;

@@ -9,7 +9,7 @@ use rdkafka::{Message, Offset, TopicPartitionList};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use super::{TIMEOUT, client, error, partitions};
+use super::{TIMEOUT, client, error, no_topic, partitions};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::world::go_on;
@@ -101,13 +101,4 @@ fn settings(config: &Config, isolation: &str) -> ClientConfig {
 
 fn kafka_at(config: &Config) -> String {
     format!("Kafka at {}", config.kafka.servers())
-}
-
-fn no_topic(topic: &str) -> Error {
-    Error::refused(
-        "kafka_topics",
-        format!("topic {topic} does not exist"),
-        "a topic for the checkpoint and one for each published table",
-        "falaj init",
-    )
 }

@@ -1,5 +1,7 @@
 //! JSON by hand, straight into the batch's buffer.
 
+use std::borrow::Cow;
+
 use super::time::{self, Instant};
 use super::{BadValue, Converted, bad, utf8};
 use crate::pgoutput::Cell;
@@ -121,6 +123,33 @@ fn write_escape(byte: u8, out: &mut Vec<u8>) {
     }
 }
 
+/// The way back: the text that [`super::write_text`] writes of a value whose JSON [`write_json`] has written; `None` for null.
+///
+/// # Errors
+/// [`BadValue`] for what is no such JSON, and for arrays, whose bounds JSON does not have.
+pub fn text_of_json(ty: Type, json: &str) -> Converted<Option<Cow<'_, str>>> {
+    let quoted = json.starts_with('"');
+    Ok(Some(match (ty, json) {
+        (Type::Json | Type::Jsonb, _) => json.into(),
+        (_, "null") => return Ok(None),
+        (Type::Bool, "true") => "t".into(),
+        (Type::Bool, "false") => "f".into(),
+        (Type::Array(_), _) => {
+            return Err(BadValue { ty, found: format!("{json}, of which the text is not known: JSON has no bounds") });
+        }
+        _ if quoted => {
+            let text: String = serde_json::from_str(json).or_else(|_| bad(ty, json.as_bytes()))?;
+            match ty {
+                Type::Timestamp => time::text_of_rfc3339(&text, "").into(),
+                Type::Timestamptz => time::text_of_rfc3339(&text, "+00").into(),
+                _ => text.into(),
+            }
+        }
+        _ if is_number(json.as_bytes()) => json.into(),
+        _ => return bad(ty, json.as_bytes()),
+    }))
+}
+
 /// One element of an array, as its own type's JSON.
 pub(super) fn write_element(ty: Type, element: Element, text: &str, out: &mut Vec<u8>) -> Result<(), BadValue> {
     match element {
@@ -174,6 +203,40 @@ mod tests {
             let mut out = Vec::new();
             write_json(ty, Cell::Binary(&binary), &mut out).unwrap();
             assert_eq!(String::from_utf8(out).unwrap(), json(ty, text));
+        }
+    }
+
+    #[test]
+    fn the_text_is_known_from_the_json() {
+        let same = [
+            (Type::Bool, "t"),
+            (Type::Bool, "f"),
+            (Type::Int8, "-9223372036854775808"),
+            (Type::Numeric(None), "1.500"),
+            (Type::Numeric(None), "NaN"),
+            (Type::Float8, "-Infinity"),
+            (Type::Float8, "1e+300"),
+            (Type::Text, "a\"\\\n\u{1}é"),
+            (Type::Text, "null"),
+            (Type::Jsonb, "{\"a\": 1.10}"),
+            (Type::Jsonb, "null"),
+            (Type::Uuid, "11111111-1111-1111-1111-111111111111"),
+            (Type::Date, "0044-03-15 BC"),
+            (Type::Timestamp, "2026-11-27 10:00:00"),
+            (Type::Timestamp, "infinity"),
+            (Type::Timestamptz, "2026-11-27 10:20:30.04+00"),
+            (Type::Timestamptz, "0044-03-15 00:00:00+00 BC"),
+            (Type::Bytea, "\\x00ab"),
+            (Type::Other, "(1,2)"),
+        ];
+        for (ty, text) in same {
+            assert_eq!(text_of_json(ty, &json(ty, text)).unwrap().as_deref(), Some(text), "{ty:?}");
+        }
+        assert_eq!(text_of_json(Type::Int4, "null").unwrap(), None);
+        let array = Type::Array(Element::Number);
+        assert!(text_of_json(array, &json(array, "[2:3]={1,2}")).is_err());
+        for (ty, other) in [(Type::Int4, "1x"), (Type::Bool, "1"), (Type::Text, "\"")] {
+            assert!(text_of_json(ty, other).is_err(), "{other}");
         }
     }
 

@@ -137,6 +137,15 @@ pub(crate) fn write_rfc3339(micros: i64, zone: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(zone.as_bytes());
 }
 
+/// What [`write_timestamp`] writes, of what [`write_rfc3339`] has written; other text as it is.
+pub(super) fn text_of_rfc3339(text: &str, zone: &str) -> String {
+    let Some((day, clock)) = text.split_once('T') else { return text.to_owned() };
+    let clock = clock.trim_end_matches('Z').trim_end_matches('0');
+    let (seconds, fraction) = clock.split_once('.').unwrap_or((clock, ""));
+    let dot = if fraction.is_empty() { "" } else { "." };
+    format!("{day} {seconds}{dot}{fraction}{zone}")
+}
+
 fn in_calendar(days: i64) -> bool {
     // 0001-01-01 … 9999-12-31
     (-719_162..=2_932_896).contains(&days)
@@ -257,6 +266,8 @@ mod tests {
             let from_binary = micros_of_timestamp(Type::Timestamptz, Cell::Binary(&micros.to_be_bytes())).unwrap();
             prop_assert_eq!(from_text, from_binary);
             prop_assert_eq!(from_text, Some(Instant::At(micros + EPOCH_MICROS)));
+            let json = of(|o| write_rfc3339(micros + EPOCH_MICROS, "Z", o));
+            prop_assert_eq!(text_of_rfc3339(&json, "+00"), text);
         }
 
         #[test]

@@ -360,21 +360,12 @@ pub async fn require_topics(world: &World, topics: [String; 2]) -> Result<()> {
     Ok(())
 }
 
-/// A topic that has just been made has no leader for a moment, which looks as if it were absent: it is asked for a few times.
 async fn require_topic(world: &World, topic: String) -> Result<()> {
-    for _ in 0..10 {
-        let (config, name) = (world.config.kafka.clone(), topic.clone());
-        if blocking(move || kafka::partitions(&config, &name)).await?.is_some() {
-            return Ok(());
-        }
-        world.pause(Duration::from_millis(200)).await?;
+    let (config, name) = (world.config.kafka.clone(), topic.clone());
+    match blocking(move || kafka::partitions(&config, &name)).await? {
+        Some(_) => Ok(()),
+        None => Err(kafka::no_topic(&topic)),
     }
-    Err(Error::refused(
-        "kafka_topics",
-        format!("no topic {topic}"),
-        "the topics of this pipeline; they are made by init, never by accident",
-        "run: falaj init",
-    ))
 }
 
 fn record(message: &impl Message) -> Record {

@@ -80,17 +80,15 @@ pub async fn open(config: Arc<Config>, copy: &Copy) -> Result<Opened> {
 
 /// The archive has the events' flat bodies, and of the row before an update only its key.
 fn require_flat(config: &Config) -> Result<()> {
-    let found = match (config.kafka.envelope, config.kafka.tombstones) {
-        (config::Envelope::Debezium, _) => "kafka.envelope = \"debezium\"",
-        (_, true) => "kafka.tombstones = true",
-        _ => return Ok(()),
-    };
-    Err(Error::refused(
-        "replay",
-        found,
-        "flat events without tombstones: the archive does not hold the row before an update",
-        "run it with FALAJ_KAFKA__ENVELOPE=flat FALAJ_KAFKA__TOMBSTONES=false; or replay by Postgres: falaj bookmark",
-    ))
+    match config.kafka.envelope {
+        config::Envelope::Flat => Ok(()),
+        config::Envelope::Debezium => Err(Error::refused(
+            "replay",
+            "kafka.envelope = \"debezium\"",
+            "flat events: the archive does not hold the row before an update",
+            "run it with FALAJ_KAFKA__ENVELOPE=flat; or replay by Postgres: falaj bookmark",
+        )),
+    }
 }
 
 async fn on_thread<T: Send + 'static>(

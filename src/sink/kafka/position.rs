@@ -13,7 +13,7 @@ use super::commit::Progress;
 use crate::config::{Config, Kafka};
 use crate::error::{Error, Result};
 use crate::event::Layout;
-use crate::kafka::{TIMEOUT, client, error};
+use crate::kafka::{TIMEOUT, client, error, no_topic};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
 
 /// Value of a checkpoint record; its key is the slot's name.
@@ -57,15 +57,7 @@ pub(super) fn progress(identity: SlotIdentity, key: String, copy: Option<CopyOf>
 
 /// Topics are made by `init`, never by accident.
 pub(super) fn require(topics: &BTreeMap<String, usize>, topic: &str) -> Result<()> {
-    match topics.contains_key(topic) {
-        true => Ok(()),
-        false => Err(Error::refused(
-            "kafka_topics",
-            format!("topic {topic} does not exist"),
-            "a topic for the checkpoint and one for each published table",
-            "falaj init",
-        )),
-    }
+    if topics.contains_key(topic) { Ok(()) } else { Err(no_topic(topic)) }
 }
 
 /// The same for a table that has been published since the start. By now it may have been dropped again: then `init` does not
