@@ -135,7 +135,8 @@ pub fn text_of_json(ty: Type, json: &str) -> Converted<Option<Cow<'_, str>>> {
         (Type::Bool, "true") => "t".into(),
         (Type::Bool, "false") => "f".into(),
         (Type::Array(_), _) => {
-            return Err(BadValue { ty, found: format!("{json}, of which the text is not known: JSON has no bounds") });
+            let found = format!("{json}, an array of a changed key, without its bounds; fix: kafka.tombstones = false");
+            return Err(BadValue { ty, found });
         }
         _ if quoted => {
             let text: String = serde_json::from_str(json).or_else(|_| bad(ty, json.as_bytes()))?;

@@ -16,8 +16,13 @@ def output(kind, target):
         return {"object_store": {"url": f"file://{target}", "format": "parquet"}}
     # Compression as falaj. A batch has to be delivered before the next one is read, so a long linger costs more than it
     # brings: batches of 1,024 made 37,000 rows/s with 20 ms, and 96,000 with 1 ms.
-    tuned = {"acks": "all", "linger.ms": "5", "batch.size": "1048576", "batch.num.messages": "10000"}
-    tuned["compression.type"] = "lz4"
+    tuned = {
+        "acks": "all",
+        "linger.ms": "5",
+        "batch.size": "1048576",
+        "batch.num.messages": "10000",
+        "compression.type": "lz4",
+    }
     return {
         "kafka": {
             "url": os.environ["FALAJ_KAFKA__BOOTSTRAP_SERVERS"],
