@@ -2,15 +2,13 @@
 
 use std::collections::HashMap;
 
+use super::row::Row;
 use super::state::{ColumnType, LookupChange, LookupTable};
 use crate::change::RowChange;
 use crate::error::{Error, Result};
 use crate::pgoutput::{Cell, Tuple};
 use crate::schema::{Relation, Type};
 use crate::value;
-
-/// Texts of the joined columns.
-pub(super) type Row = Box<[Option<Box<str>>]>;
 
 /// The rows of a lookup table by their key's text.
 pub(super) struct Cache {
@@ -29,13 +27,16 @@ impl Cache {
     pub(super) fn apply(&mut self, change: LookupChange) {
         match change {
             LookupChange::Put((key, values)) => {
-                let values = values.into_iter().map(|v| v.map(String::into_boxed_str)).collect();
-                self.rows.insert(key.into(), values);
+                self.put(&key, values.iter().map(Option::as_deref));
             }
             LookupChange::Delete(key) => drop(self.rows.remove(key.as_str())),
             LookupChange::Truncate(_) => self.rows.clear(),
             LookupChange::Relation(table) => self.table = table,
         }
+    }
+
+    pub(super) fn put<'a>(&mut self, key: &str, values: impl ExactSizeIterator<Item = Option<&'a str>> + Clone) {
+        self.rows.insert(key.into(), Row::new(values));
     }
 
     /// The table under another schema; `None` when nothing has changed.
@@ -142,10 +143,11 @@ impl Cache {
 
     /// The joined columns of a new row. An unchanged TOAST value is not in the WAL: the cached row has it.
     fn values(&self, relation: &Relation, new: Tuple<'_>, old_key: Option<&str>) -> Result<Vec<Option<String>>> {
-        let cached = old_key.and_then(|key| self.rows.get(key));
+        let cached = old_key.and_then(|key| self.rows.get(key)).map(Row::texts).transpose();
+        let cached = cached.map_err(|e| Error::fatal(format_args!("lookup table {}", relation.table()), e))?;
         let column = |(i, wanted): (usize, &ColumnType)| match text_of(relation, &wanted.name, new)? {
             Some(value) => Ok(value),
-            None => Ok(cached.and_then(|row| row[i].as_deref()).map(str::to_owned)),
+            None => Ok(cached.as_ref().and_then(|texts| texts[i]).map(str::to_owned)),
         };
         self.table.columns.iter().enumerate().map(column).collect()
     }

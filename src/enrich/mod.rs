@@ -6,6 +6,7 @@ mod cache;
 pub mod derive;
 mod moment;
 mod plan;
+mod row;
 pub mod state;
 
 use std::path::Path;
@@ -282,7 +283,7 @@ fn write_base(dir: &Path, header: BaseHeader, caches: &[Cache]) -> Result<()> {
     let mut base = BaseWriter::create(dir, &BaseHeader { tables, ..header })?;
     for (index, cache) in caches.iter().enumerate() {
         for (key, row) in &cache.rows {
-            let values: Vec<_> = row.iter().map(Option::as_deref).collect();
+            let values = row.texts().map_err(|e| Error::fatal(format_args!("lookup row {key}"), e))?;
             base.row(index, key, &values)?;
         }
     }

@@ -24,7 +24,7 @@ impl Moment {
     /// Adds a row of table number `table`.
     pub fn put(&mut self, table: usize, key: &str, values: &[Option<&str>]) {
         if let Some(cache) = self.caches.get_mut(table) {
-            cache.rows.insert(key.into(), values.iter().map(|v| v.map(Into::into)).collect());
+            cache.put(key, values.iter().copied());
         }
     }
 

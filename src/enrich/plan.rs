@@ -110,10 +110,8 @@ pub(super) fn extend<'a>(
         let key = value::text(layout.columns[join.on].ty, cells[join.on], scratch)?;
         let found = key.and_then(|key| caches[join.table].rows.get(key));
         hit = Some(found.is_some());
-        cells.extend(join.columns.iter().map(|at| match found.and_then(|row| row[*at].as_deref()) {
-            Some(text) => Cell::Text(text.as_bytes()),
-            None => Cell::Null,
-        }));
+        let text = |at: &usize| found.and_then(|row| row.get(*at));
+        cells.extend(join.columns.iter().map(|at| text(at).map_or(Cell::Null, Cell::Text)));
     }
     if !layout.plan.derive.is_empty() {
         let quotients = derive::quotients(&layout.plan.derive, &layout.columns, cells)?;

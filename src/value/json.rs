@@ -146,7 +146,11 @@ pub fn text_of_json(ty: Type, json: &str) -> Converted<Option<Cow<'_, str>>> {
                 _ => text.into(),
             }
         }
-        _ if is_number(json.as_bytes()) => json.into(),
+        (Type::Int2 | Type::Int4 | Type::Int8 | Type::Float4 | Type::Float8 | Type::Numeric(_), _)
+            if is_number(json.as_bytes()) =>
+        {
+            json.into()
+        }
         _ => return bad(ty, json.as_bytes()),
     }))
 }
