@@ -49,19 +49,21 @@ fn main() -> ExitCode {
     }
 }
 
-/// Two arenas for all threads: buffers are filled by one thread and freed by another, and each arena more keeps what it
-/// once held.
+/// Few arenas for all threads: buffers are filled by one thread and freed by another, and each arena more keeps what it
+/// once held. Where rows come from Postgres threads hand over batches and seldom wait for each other, so there one is enough.
 ///
-/// Where rows come from Postgres, what a large one takes goes back to the system at once: left alone, malloc takes such
-/// blocks from the heap as soon as the first has been freed, and the heap keeps the holes. So does its end, once it is free.
-/// `consume` has no large rows, and would only take back what it has just given.
+/// There too, what a large row takes goes back to the system at once: left alone, malloc takes such blocks from the heap as
+/// soon as the first has been freed, and the heap keeps the holes. So does its end, once it is free. `consume` has no large
+/// rows, and would only take back what it has just given.
 #[cfg(target_env = "gnu")]
 fn bound_heap(verb: &Verb) {
-    let mut options = vec![(libc::M_ARENA_MAX, 2)];
-    if let Verb::Produce(_) | Verb::Backfill(_) | Verb::Init(_) | Verb::Run | Verb::Demo(_) = verb {
-        options.extend([(libc::M_MMAP_THRESHOLD, LARGE_BLOCK), (libc::M_TRIM_THRESHOLD, LARGE_BLOCK / 2)]);
-    }
-    for (what, value) in options {
+    let options: &[_] = match verb {
+        Verb::Produce(_) | Verb::Backfill(_) | Verb::Init(_) | Verb::Run | Verb::Demo(_) => {
+            &[(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, LARGE_BLOCK), (libc::M_TRIM_THRESHOLD, LARGE_BLOCK / 2)]
+        }
+        _ => &[(libc::M_ARENA_MAX, 2)],
+    };
+    for &(what, value) in options {
         // SAFETY: no other thread runs yet; a value that is refused changes nothing.
         unsafe { libc::mallopt(what, value) };
     }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use arrow_array::RecordBatch;
+use arrow_schema::DataType;
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::metadata::KeyValue;
@@ -19,6 +20,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::event::Layout;
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
+use crate::sink::columns::data_type;
 use crate::sink::worker::{Next, Orders};
 
 /// Rows of a row group.
@@ -315,6 +317,13 @@ fn properties(layout: &Layout) -> WriterProperties {
     for at in &layout.primary_key {
         properties =
             properties.set_column_dictionary_enabled(ColumnPath::from(layout.columns[*at].name.as_str()), false);
+    }
+    // The encoder cuts decimals of more than 18 digits from one piece of memory a batch. Whatever keeps one of them keeps
+    // the piece: a dictionary its values, each row group of the file its least and greatest.
+    for wide in layout.columns.iter().filter(|c| matches!(data_type(c.ty), DataType::Decimal128(19.., _))) {
+        properties = properties
+            .set_column_dictionary_enabled(ColumnPath::from(wide.name.as_str()), false)
+            .set_column_statistics_enabled(ColumnPath::from(wide.name.as_str()), EnabledStatistics::None);
     }
     properties.build()
 }
