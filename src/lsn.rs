@@ -54,11 +54,11 @@ impl<'de> Deserialize<'de> for Lsn {
 impl Lsn {
     /// Appends what [`fmt::Display`] shows.
     pub fn write(self, out: &mut Vec<u8>) {
-        let short = |half: &[u8; 16]| half.iter().position(|digit| *digit != b'0').unwrap_or(15);
-        let [high, low] = [self.0 >> 32, self.0 & 0xFFFF_FFFF].map(hex);
-        out.extend_from_slice(&high[short(&high)..]);
+        let digits = hex(self.0);
+        let zeros = |half: u32| (half.leading_zeros() / 4).min(7) as usize;
+        out.extend_from_slice(&digits[zeros((self.0 >> 32) as u32)..8]);
         out.push(b'/');
-        out.extend_from_slice(&low[short(&low)..]);
+        out.extend_from_slice(&digits[8 + zeros(self.0 as u32)..]);
     }
 
     /// Appends all sixteen hexadecimal digits, as ids have them.
@@ -69,11 +69,18 @@ impl Lsn {
 
 /// All sixteen digits.
 fn hex(n: u64) -> [u8; 16] {
-    let mut digits = [0; 16];
-    for (digit, shift) in digits.iter_mut().zip((0..64).step_by(4).rev()) {
-        *digit = b"0123456789ABCDEF"[(n >> shift & 15) as usize];
+    /// Spreads eight digits over the bytes of a number, the first in the highest.
+    fn spread(half: u32) -> u64 {
+        let n = u64::from(half);
+        let n = (n << 16 | n) & 0x0000_FFFF_0000_FFFF;
+        let n = (n << 8 | n) & 0x00FF_00FF_00FF_00FF;
+        (n << 4 | n) & 0x0F0F_0F0F_0F0F_0F0F
     }
-    digits
+    let digits = u128::from(spread((n >> 32) as u32)) << 64 | u128::from(spread(n as u32));
+    // A digit of ten or more carries into the upper half of its byte.
+    const EACH: u128 = u128::MAX / 0xFF;
+    let letters = (digits + 6 * EACH) >> 4 & EACH;
+    (digits + u128::from(b'0') * EACH + letters * u128::from(b'A' - b'0' - 10)).to_be_bytes()
 }
 
 /// The identity of one row change: its transaction's commit LSN, and its number within that transaction.
@@ -188,7 +195,22 @@ impl fmt::Display for SlotIdentity {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn digits_are_those_of_the_standard_library(high: u32, low: u32, shift in 0..64_u32) {
+            let lsn = Lsn((u64::from(high) << 32 | u64::from(low)) >> shift);
+            let mut written = Vec::new();
+            lsn.write(&mut written);
+            prop_assert_eq!(written, lsn.to_string().into_bytes());
+            let mut written = Vec::new();
+            lsn.write_hex(&mut written);
+            prop_assert_eq!(written, format!("{:016X}", lsn.0).into_bytes());
+        }
+    }
 
     #[test]
     fn lsn_reads_what_postgres_writes() {

@@ -1,6 +1,6 @@
 //! One lookup table in memory, and what a change of it means.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 
 use super::row::Row;
 use super::state::{ColumnType, LookupChange, LookupTable};
@@ -10,10 +10,10 @@ use crate::pgoutput::{Cell, Tuple};
 use crate::schema::{Relation, Type};
 use crate::value;
 
-/// The rows of a lookup table by their key's text.
+/// The rows of a lookup table, found by their key's text.
 pub(super) struct Cache {
     pub(super) table: LookupTable,
-    pub(super) rows: HashMap<Box<str>, Row>,
+    pub(super) rows: HashSet<Row>,
     /// Whether the rows that the stream brings now count; see [`super::Enricher::relation`].
     pub(super) follows: bool,
 }
@@ -21,7 +21,7 @@ pub(super) struct Cache {
 impl Cache {
     /// One empty cache for each table of a state.
     pub(super) fn all(tables: &[LookupTable]) -> Vec<Self> {
-        tables.iter().map(|table| Self { table: table.clone(), rows: HashMap::new(), follows: true }).collect()
+        tables.iter().map(|table| Self { table: table.clone(), rows: HashSet::new(), follows: true }).collect()
     }
 
     pub(super) fn apply(&mut self, change: LookupChange) {
@@ -29,14 +29,14 @@ impl Cache {
             LookupChange::Put((key, values)) => {
                 self.put(&key, values.iter().map(Option::as_deref));
             }
-            LookupChange::Delete(key) => drop(self.rows.remove(key.as_str())),
+            LookupChange::Delete(key) => drop(self.rows.take(key.as_bytes())),
             LookupChange::Truncate(_) => self.rows.clear(),
             LookupChange::Relation(table) => self.table = table,
         }
     }
 
-    pub(super) fn put<'a>(&mut self, key: &str, values: impl ExactSizeIterator<Item = Option<&'a str>> + Clone) {
-        self.rows.insert(key.into(), Row::new(values));
+    pub(super) fn put<'a>(&mut self, key: &'a str, values: impl ExactSizeIterator<Item = Option<&'a str>> + Clone) {
+        self.rows.replace(Row::new(key, values));
     }
 
     /// The table under another schema; `None` when nothing has changed.
@@ -143,7 +143,7 @@ impl Cache {
 
     /// The joined columns of a new row. An unchanged TOAST value is not in the WAL: the cached row has it.
     fn values(&self, relation: &Relation, new: Tuple<'_>, old_key: Option<&str>) -> Result<Vec<Option<String>>> {
-        let cached = old_key.and_then(|key| self.rows.get(key)).map(Row::texts).transpose();
+        let cached = old_key.and_then(|key| self.rows.get(key.as_bytes())).map(Row::texts).transpose();
         let cached = cached.map_err(|e| Error::fatal(format_args!("lookup table {}", relation.table()), e))?;
         let column = |(i, wanted): (usize, &ColumnType)| match text_of(relation, &wanted.name, new)? {
             Some(value) => Ok(value),

@@ -282,8 +282,9 @@ fn write_base(dir: &Path, header: BaseHeader, caches: &[Cache]) -> Result<()> {
     let tables = caches.iter().map(|c| c.table.clone()).collect();
     let mut base = BaseWriter::create(dir, &BaseHeader { tables, ..header })?;
     for (index, cache) in caches.iter().enumerate() {
-        for (key, row) in &cache.rows {
-            let values = row.texts().map_err(|e| Error::fatal(format_args!("lookup row {key}"), e))?;
+        for row in &cache.rows {
+            let texts = row.key().and_then(|key| Ok((key, row.texts()?)));
+            let (key, values) = texts.map_err(|e| Error::fatal("a lookup row's texts", e))?;
             base.row(index, key, &values)?;
         }
     }

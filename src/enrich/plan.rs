@@ -108,7 +108,7 @@ pub(super) fn extend<'a>(
     let mut hit = None;
     if let Some(join) = &layout.plan.join {
         let key = value::text(layout.columns[join.on].ty, cells[join.on], scratch)?;
-        let found = key.and_then(|key| caches[join.table].rows.get(key));
+        let found = key.and_then(|key| caches[join.table].rows.get(key.as_bytes()));
         hit = Some(found.is_some());
         let text = |at: &usize| found.and_then(|row| row.get(*at));
         cells.extend(join.columns.iter().map(|at| text(at).map_or(Cell::Null, Cell::Text)));
