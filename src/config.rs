@@ -66,7 +66,8 @@ pub struct Produce {
     pub sinks: Vec<SinkName>,
     /// A Kafka transaction is closed at this size.
     pub transaction_bytes: ByteSize,
-    /// … or at this age; with nothing more waiting it is closed at once.
+    /// … or at this age: sooner with nothing more waiting, later in a backlog (an eighth of the time since its newest event's
+    /// commit, at most 8 times this age).
     pub transaction_age: Span,
     /// How much decoded data may wait between two stages.
     pub queue_bytes: ByteSize,

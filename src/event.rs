@@ -323,7 +323,7 @@ impl Event<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::schema::Column;
 
@@ -331,7 +331,8 @@ mod tests {
         Arc::new(bare())
     }
 
-    fn bare() -> Layout {
+    /// Table t (id int8 key, content_id uuid, note text).
+    pub(crate) fn bare() -> Layout {
         let column = |name: &str, type_oid, identity| Column { name: name.into(), type_oid, type_mod: -1, identity };
         let columns = vec![column("id", 20, true), column("content_id", 2950, false), column("note", 25, false)];
         Layout {

@@ -139,7 +139,7 @@ impl Speed {
         let needed = format!("needed ≥ {least}");
         match self.ratio(workload, Pace::Of(reader), to) {
             Some(ratio) => Verdict {
-                text: format!("{workload}, {reader}: ratio{beside} {ratio:.2}, {needed}"),
+                text: format!("{workload}, {reader}: ratio{beside} {ratio:.3}, {needed}"),
                 held: ratio >= least,
             },
             None => {

@@ -173,7 +173,7 @@ impl Backfill {
         let ratio = self.ratio();
         vec![
             Verdict {
-                text: format!("backfill: ratio to {JOBS} parallel COPY {ratio:.2}, needed ≥ {RATIO_LEAST}"),
+                text: format!("backfill: ratio to {JOBS} parallel COPY {ratio:.3}, needed ≥ {RATIO_LEAST}"),
                 held: ratio >= RATIO_LEAST,
             },
             Verdict {

@@ -29,7 +29,7 @@ const PARTITIONS: [i32; 2] = [3, 48];
 /// What is not varied.
 const USUAL: (u64, i32) = (20_000, 3);
 /// The backlog while contents and partitions are varied, and how often it is read.
-const FIXED: (u64, usize) = (300_000, 3);
+const FIXED: (u64, usize) = (300_000, 5);
 /// The slowest rate may be this part of the fastest one to count as flat.
 const FLAT: f64 = 0.75;
 /// Peak memory may be this many times the least one where it should not grow.
@@ -165,12 +165,12 @@ impl Growth {
             let name = by.name();
             let slowest = self.of(by).map(Case::rate).fold(f64::MAX, f64::min);
             let flat = slowest / self.of(by).map(Case::rate).fold(0.0, f64::max);
-            let text = format!("growth of {name}: slowest rate is {flat:.2} of the fastest, needed ≥ {FLAT}");
+            let text = format!("growth of {name}: slowest rate is {flat:.3} of the fastest, needed ≥ {FLAT}");
             verdicts.push(Verdict { text, held: flat >= FLAT });
             if by != By::Contents {
                 let least = self.of(by).map(Case::rss).fold(f64::MAX, f64::min);
                 let times = self.of(by).map(Case::rss).fold(0.0, f64::max) / least;
-                let text = format!("growth of {name}: peak RSS grows {times:.2} times, needed ≤ {SAME_MEMORY}");
+                let text = format!("growth of {name}: peak RSS grows {times:.3} times, needed ≤ {SAME_MEMORY}");
                 verdicts.push(Verdict { text, held: times <= SAME_MEMORY });
             }
         }

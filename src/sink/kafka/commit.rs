@@ -22,6 +22,11 @@ const COMPANY: Duration = Duration::from_millis(4);
 /// … but not while events come that were committed longer ago than this: then there is a backlog, and small transactions
 /// would cost the broker most of its time.
 const BACKLOG: Duration = Duration::from_millis(100);
+/// Each partition of a transaction costs the broker a marker. So one of a backlog may be open for this part of the time that
+/// its events are late anyway …
+const OF_DELAY: u32 = 8;
+/// … but not longer than this many times `transaction_age`.
+const AGES: u32 = 8;
 /// How long the end of a session waits for the open transaction to be rolled back.
 const ROLL_BACK: Duration = Duration::from_secs(2);
 /// One step of that.
@@ -85,8 +90,8 @@ pub(super) struct Committer {
 struct Open {
     since: Instant,
     bytes: usize,
-    /// The newest event was committed a moment ago.
-    is_live: bool,
+    /// How long ago the newest event had been committed when it came.
+    delay: Duration,
     checkpoint: Checkpoint,
 }
 
@@ -134,14 +139,17 @@ impl Committer {
 
     /// How long the open transaction still waits for more.
     fn patience(&self, open: &Open) -> Duration {
-        let company = if open.is_live { COMPANY } else { self.age };
-        company.saturating_sub(open.since.elapsed())
+        let elapsed = open.since.elapsed();
+        match open.delay < BACKLOG {
+            true => COMPANY.saturating_sub(elapsed),
+            false => age_limit(self.age, open.delay).saturating_sub(elapsed).min(self.age),
+        }
     }
 
     fn is_due(&self, now: bool) -> bool {
         let Some(open) = &self.open else { return false };
         let whole = open.checkpoint.partial.is_none();
-        now || open.bytes >= self.limit || (whole && open.since.elapsed() >= self.age)
+        now || open.bytes >= self.limit || (whole && open.since.elapsed() >= age_limit(self.age, open.delay))
     }
 
     fn add(&mut self, piece: &Piece) -> Result<()> {
@@ -151,12 +159,12 @@ impl Committer {
         let open = self.open.get_or_insert(Open {
             since: Instant::now(),
             bytes: 0,
-            is_live: true,
+            delay: Duration::ZERO,
             checkpoint: piece.checkpoint,
         });
         open.bytes += piece.records.bytes.len();
         open.checkpoint = piece.checkpoint;
-        open.is_live = piece.records.list.last().and_then(|r| r.timestamp).is_none_or(|at| age_of(at) < BACKLOG);
+        open.delay = piece.records.list.last().and_then(|r| r.timestamp).map(age_of).unwrap_or_default();
         for record in &piece.records.list {
             self.produce(piece, record)?;
         }
@@ -251,7 +259,13 @@ impl Committer {
     }
 }
 
-/// Time since a commit, by this machine's clock; a clock that lies behind Postgres's makes it zero.
+/// How old a transaction may become whose newest event came `delay` after its commit: `age` while there is no long backlog.
+fn age_limit(age: Duration, delay: Duration) -> Duration {
+    (delay / OF_DELAY).clamp(age, age.saturating_mul(AGES))
+}
+
+/// Time since a commit, by this machine's clock. One that lies behind Postgres's makes it zero; one that lies ahead makes live
+/// events look late, and they then wait for the age of a backlog's transaction.
 fn age_of(commit_ms: i64) -> Duration {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     now.saturating_sub(Duration::from_millis(commit_ms.max(0) as u64))
@@ -280,4 +294,17 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer<Repor
         .set("queue.buffering.max.kbytes", queue_kbytes(&config.kafka)?)
         .set("delivery.report.only.error", "true");
     settings.create_with_context(Reports::default()).map_err(|e| error(&config.kafka, &e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transaction_grows_older_with_the_delay_of_its_events() {
+        let ms = Duration::from_millis;
+        let limits = [0, 399, 400, 800, 3200, 86_400_000].map(|delay| age_limit(ms(50), ms(delay)));
+        assert_eq!(limits, [50, 50, 50, 100, 400, 400].map(ms));
+        assert_eq!(age_limit(Duration::MAX, ms(1)), Duration::MAX);
+    }
 }

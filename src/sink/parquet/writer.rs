@@ -327,3 +327,24 @@ fn properties(layout: &Layout) -> WriterProperties {
     }
     properties.build()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{OutColumn, tests::bare};
+    use crate::schema::Type;
+
+    #[test]
+    fn what_is_kept_for_a_footer_holds_no_piece_of_a_batch() {
+        let numeric = |digits| Type::Numeric(Some((digits, 2)));
+        let columns = [("short", numeric(18)), ("wide", numeric(19)), ("note", Type::Text)]
+            .map(|(name, ty)| OutColumn::new(name, ty));
+        let properties = properties(&Layout { columns: columns.into(), primary_key: vec![], ..bare() });
+        let kept = ["short", "wide", "note"].map(|name| {
+            let path = ColumnPath::from(name);
+            (properties.dictionary_enabled(&path), properties.statistics_enabled(&path))
+        });
+        let all = (true, EnabledStatistics::Chunk);
+        assert_eq!(kept, [all, (false, EnabledStatistics::None), all]);
+    }
+}
