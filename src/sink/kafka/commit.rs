@@ -276,7 +276,8 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer<Repor
     let mut settings = client_over(
         &config.kafka,
         &[
-            ("linger.ms", "20"),
+            // Longer than most batches take to fill; with many partitions it fills theirs. A commit does not wait for it.
+            ("linger.ms", "30"),
             ("batch.size", "262144"),
             ("batch.num.messages", "20000"),
             ("queue.buffering.max.messages", "200000"),
