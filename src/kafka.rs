@@ -60,7 +60,7 @@ pub fn admin(config: &Kafka) -> Result<AdminClient<DefaultClientContext>> {
     client(config).create().map_err(|e| error(config, &e))
 }
 
-/// Sorts a librdkafka error: refused (rights, password, unknown key), or unreachable for now.
+/// Sorts a librdkafka error: refused (rights, password, configuration), or unreachable for now.
 pub fn error(config: &Kafka, e: &KafkaError) -> Error {
     use RDKafkaErrorCode as Code;
     if let KafkaError::ClientConfig(_, why, key, value) = e {
@@ -68,6 +68,15 @@ pub fn error(config: &Kafka, e: &KafkaError) -> Error {
             "kafka_config",
             format!("kafka.\"{key}\" = \"{value}\": {why}"),
             "a key and value that librdkafka knows",
+            "mend [kafka] in the configuration",
+        );
+    }
+    // No broker has been asked yet.
+    if let KafkaError::ClientCreation(why) = e {
+        return Error::refused(
+            "kafka_config",
+            why,
+            "keys that fit together, files that are there",
             "mend [kafka] in the configuration",
         );
     }

@@ -1,6 +1,7 @@
 //! `falaj produce` on real servers: every kind of change, exact ends, drains, standby, idle acknowledgement.
 
 use std::collections::BTreeMap;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use falaj::lsn::Lsn;
@@ -331,6 +332,58 @@ async fn a_second_produce_waits_writes_nothing_and_takes_over() {
     let lsn = p.lsn().await;
     second.drains().await;
     assert_eq!(check::produced(&p, lsn).await, 300);
+}
+
+/// A process of the server that stands still until this is dropped.
+struct Stopped(String);
+
+impl Stopped {
+    fn new(pid: String) -> Self {
+        let stopped = Self(pid);
+        stopped.signal("-STOP");
+        stopped
+    }
+
+    fn signal(&self, name: &str) {
+        assert!(Command::new("kill").args([name, &self.0]).status().unwrap().success());
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        self.signal("-CONT");
+    }
+}
+
+/// The broker would roll back what stays open for longer than `transaction.timeout.ms`, and fence the producer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_whose_next_rows_take_long_is_not_left_open() {
+    const ROWS: usize = 100_000;
+    let mut p = Pipeline::new("slowrows").await;
+    p.set("FALAJ_PRODUCE__TRANSACTION_BYTES", "1GiB");
+    p.set("FALAJ_KAFKA__TRANSACTION_TIMEOUT_MS", "3000");
+    p.set("FALAJ_KAFKA__MESSAGE_TIMEOUT_MS", "3000");
+    p.run(&format!(
+        "INSERT INTO engagement_events (event_ts, duration_ms) SELECT now(), g FROM generate_series(1, {ROWS}) AS g"
+    ))
+    .await;
+    let lsn = p.lsn().await;
+    let produce = p.start(&["produce", "--until-lsn", &lsn.to_string()]);
+    let sender = p.streams("").await;
+    let topic = p.config.topic("engagement_events");
+    until("rows are in Kafka", async || kafka::ends_of_all(&p.config, &topic).await.iter().sum::<i64>() > 0).await;
+    let stopped = Stopped::new(sender);
+    let checkpoints = async || kafka::records(&p.config, &p.config.checkpoint_topic()).await;
+    until("what has come is committed", async || !checkpoints().await.is_empty()).await;
+    let stored = checkpoints().await.pop().unwrap();
+    let readable = p.records("engagement_events").await.len();
+    assert!(stored.value.contains("\"position\"") && (1..ROWS).contains(&readable), "{readable} {stored:?}");
+    drop(stopped);
+    produce.ends_well().await;
+    let found: Vec<_> =
+        p.values("engagement_events").await.iter().map(|v| number(v, "duration_ms").to_string()).collect();
+    assert_same("kafka", &found, &(1..=ROWS).map(|n| n.to_string()).collect::<Vec<_>>());
+    assert_eq!(p.confirmed().await, lsn);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Instant, SystemTime};
 
 use tokio_postgres::Client;
 
@@ -20,6 +21,8 @@ use crate::source::wire::{Wire, ident};
 const APPLICATION: &str = "falaj check";
 /// `server_version_num` of the oldest supported release.
 const LEAST_VERSION: i64 = 140_000;
+/// Changes count as live that were committed less than this ago, by both clocks.
+const MOST_SKEW_MS: i64 = 100;
 
 /// The findings, and the tables to expect topics for.
 pub(super) struct Postgres {
@@ -62,6 +65,7 @@ impl Postgres {
         self.push("wal_senders", "a free one", free_sender(client, &config.postgres.slot).await);
         self.push("max_slot_wal_keep_size", "no limit, or one that outlasts every outage", keep_size(client).await);
         self.push("wal_sender_timeout", "0, or several seconds", sender_timeout(client).await);
+        self.push("clock", "within 100 ms of Postgres's", clock(client).await);
     }
 
     async fn replication(&mut self, config: &Config, conninfo: &Conninfo) -> Option<SlotIdentity> {
@@ -225,6 +229,29 @@ async fn sender_timeout(client: &Client) -> Result<Found> {
         return Ok(found.into());
     }
     Ok(Found::with_advice(found, "a short pause of the network already ends the stream: 60s is the default"))
+}
+
+async fn clock(client: &Client) -> Result<Found> {
+    let failed = |e| sql_error("reading the clock", &e);
+    let sql = "SELECT (extract(epoch FROM pg_catalog.clock_timestamp()) * 1000)::bigint";
+    let statement = client.prepare(sql).await.map_err(failed)?;
+    let (asked, now) = (Instant::now(), SystemTime::now());
+    let server: i64 = client.query_one(&statement, &[]).await.map_err(failed)?.get(0);
+    // The server has looked in the middle of the round trip.
+    let ours = (now + asked.elapsed() / 2).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Ok(skew(ours.as_millis() as i64 - server))
+}
+
+fn skew(ahead_ms: i64) -> Found {
+    let side = if ahead_ms < 0 { "behind" } else { "ahead of" };
+    let found = format!("{} ms {side} Postgres's", ahead_ms.abs());
+    if ahead_ms.abs() <= MOST_SKEW_MS {
+        return found.into();
+    }
+    Found::with_advice(
+        found,
+        "set both by NTP: with a clock ahead live changes are taken for a backlog, with one behind a backlog for live changes",
+    )
 }
 
 /// Whether the publication exists.
@@ -421,5 +448,21 @@ fn clone(error: &Error) -> Error {
         Error::Refused(refusal) => Error::Refused(refusal.clone()),
         Error::Unreachable { what, why } => Error::unreachable(what, why),
         other => Error::Fatal(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_off_is_met_with_advice() {
+        let told = [0, 100, 101, -5000].map(|ahead| {
+            let found = skew(ahead);
+            (found.text, found.advice.is_empty())
+        });
+        let expected =
+            [("0 ms ahead of", true), ("100 ms ahead of", true), ("101 ms ahead of", false), ("5000 ms behind", false)];
+        assert_eq!(told, expected.map(|(side, met)| (format!("{side} Postgres's"), met)));
     }
 }

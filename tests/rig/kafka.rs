@@ -70,6 +70,11 @@ pub async fn ends(config: &Config, topics: &[String]) -> Vec<i64> {
     ends_at(config, topics, "read_committed").await
 }
 
+/// Ends of all partitions of a topic, with what is not committed.
+pub async fn ends_of_all(config: &Config, topic: &str) -> Vec<i64> {
+    ends_at(config, &[topic.to_owned()], "read_uncommitted").await
+}
+
 /// Ends of all partitions, once no transaction is open in any: a broker answers a commit before each partition has its mark.
 pub async fn settled_ends(config: &Config, topics: &[String]) -> Vec<i64> {
     let mut found = Vec::new();

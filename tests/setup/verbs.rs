@@ -220,6 +220,7 @@ async fn check_says_found_needed_and_fix_and_nothing_else() {
         assert_eq!(keys, ["check", "fix", "found", "needed", "ok"]);
     }
     assert_eq!(finding(&findings, "wal_level")["found"], "logical");
+    assert!(finding(&findings, "clock")["found"].as_str().unwrap().ends_with(" Postgres's"));
     assert_eq!(finding(&findings, "publication")["fix"], "falaj init");
     assert_eq!(finding(&findings, "slot")["ok"], false);
     let plain = place.falaj(&["check"]);

@@ -27,6 +27,11 @@ const BACKLOG: Duration = Duration::from_millis(100);
 const OF_DELAY: u32 = 8;
 /// … but not longer than this many times `transaction_age`.
 const AGES: u32 = 8;
+/// The broker rolls back what it takes for abandoned: a transaction that is still open after `transaction.timeout.ms`. So none
+/// gets older than this part of it, not even one in the middle of a transaction of Postgres whose next rows take long.
+const OF_TIMEOUT: u32 = 3;
+/// `transaction.timeout.ms` where nothing else is set.
+const TRANSACTION_TIMEOUT: &str = "60000";
 /// How long the end of a session waits for the open transaction to be rolled back.
 const ROLL_BACK: Duration = Duration::from_secs(2);
 /// One step of that.
@@ -83,6 +88,7 @@ pub(super) struct Committer {
     progress: Progress,
     limit: usize,
     age: Duration,
+    oldest: Duration,
     open: Option<Open>,
     spent: Sender<Records>,
 }
@@ -110,6 +116,7 @@ impl Committer {
             progress,
             limit: config.produce.transaction_bytes.0,
             age: config.produce.transaction_age.0,
+            oldest: oldest(&config.kafka),
             open: None,
             spent,
         }
@@ -117,11 +124,7 @@ impl Committer {
 
     pub(super) fn run(mut self, orders: &Orders<Piece>) -> Result<()> {
         loop {
-            let patience = match &self.open {
-                Some(open) if open.checkpoint.partial.is_none() => Some(self.patience(open)),
-                _ => None,
-            };
-            match orders.next(patience) {
+            match orders.next(self.open.as_ref().map(|open| self.patience(open))) {
                 Next::Order(Order { what: piece, .. }) => {
                     self.add(&piece)?;
                     if let Some(records) = piece.records.cleared() {
@@ -140,16 +143,25 @@ impl Committer {
     /// How long the open transaction still waits for more.
     fn patience(&self, open: &Open) -> Duration {
         let elapsed = open.since.elapsed();
-        match open.delay < BACKLOG {
-            true => COMPANY.saturating_sub(elapsed),
-            false => age_limit(self.age, open.delay).saturating_sub(elapsed).min(self.age),
+        let left = self.age_limit(open).saturating_sub(elapsed);
+        match open.checkpoint.partial {
+            None if open.delay < BACKLOG => COMPANY.saturating_sub(elapsed),
+            None => left.min(self.age),
+            Some(_) => left,
         }
     }
 
     fn is_due(&self, now: bool) -> bool {
         let Some(open) = &self.open else { return false };
-        let whole = open.checkpoint.partial.is_none();
-        now || open.bytes >= self.limit || (whole && open.since.elapsed() >= age_limit(self.age, open.delay))
+        now || open.bytes >= self.limit || open.since.elapsed() >= self.age_limit(open)
+    }
+
+    /// How old the open transaction may become: in the middle of one of Postgres as old as any.
+    fn age_limit(&self, open: &Open) -> Duration {
+        match open.checkpoint.partial {
+            None => age_limit(self.age, open.delay).min(self.oldest),
+            Some(_) => self.oldest,
+        }
     }
 
     fn add(&mut self, piece: &Piece) -> Result<()> {
@@ -259,13 +271,19 @@ impl Committer {
     }
 }
 
+/// How old any transaction may become. A timeout that is no number is refused by librdkafka.
+fn oldest(config: &config::Kafka) -> Duration {
+    let timeout = config.client.get("transaction.timeout.ms").map_or(TRANSACTION_TIMEOUT, String::as_str);
+    Duration::from_millis(timeout.parse().unwrap_or_default()) / OF_TIMEOUT
+}
+
 /// How old a transaction may become whose newest event came `delay` after its commit: `age` while there is no long backlog.
 fn age_limit(age: Duration, delay: Duration) -> Duration {
     (delay / OF_DELAY).clamp(age, age.saturating_mul(AGES))
 }
 
 /// Time since a commit, by this machine's clock. One that lies behind Postgres's makes it zero; one that lies ahead makes live
-/// events look late, and they then wait for the age of a backlog's transaction.
+/// events look late, and they then wait for the age of a backlog's transaction. `falaj check` tells how far it is off.
 fn age_of(commit_ms: i64) -> Duration {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     now.saturating_sub(Duration::from_millis(commit_ms.max(0) as u64))
@@ -281,7 +299,7 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer<Repor
             ("batch.size", "262144"),
             ("batch.num.messages", "20000"),
             ("queue.buffering.max.messages", "200000"),
-            ("transaction.timeout.ms", "60000"),
+            ("transaction.timeout.ms", TRANSACTION_TIMEOUT),
             ("message.timeout.ms", "45000"),
             ("partitioner", "murmur2_random"),
             // A fifth of the bytes for the kernel to copy, for the network and for the broker's disk (docs/benchmarks.md).
@@ -307,5 +325,16 @@ mod tests {
         let limits = [0, 399, 400, 800, 3200, 86_400_000].map(|delay| age_limit(ms(50), ms(delay)));
         assert_eq!(limits, [50, 50, 50, 100, 400, 400].map(ms));
         assert_eq!(age_limit(Duration::MAX, ms(1)), Duration::MAX);
+    }
+
+    #[test]
+    fn settings_that_do_not_fit_together_are_refused() {
+        let mut config = Config::load(None, []).unwrap();
+        config.kafka.client.insert("transaction.timeout.ms".into(), "3000".into());
+        assert_eq!(oldest(&config.kafka), Duration::from_secs(1));
+        let refused = producer(&config, "slot").err().unwrap();
+        assert!(refused.exit_code() == 78 && refused.to_string().contains("message.timeout.ms"), "{refused}");
+        config.kafka.client.insert("message.timeout.ms".into(), "3000".into());
+        assert!(producer(&config, "slot").is_ok());
     }
 }
