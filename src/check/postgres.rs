@@ -13,6 +13,7 @@ use crate::enrich::state::{self, BaseHeader, LookupTable};
 use crate::error::{Error, Result};
 use crate::init::base;
 use crate::lsn::SlotIdentity;
+use crate::sink::kafka::BACKLOG;
 use crate::source::catalog::{self, Table};
 use crate::source::conn::{Conninfo, sql_error};
 use crate::source::slot::{self, SlotState};
@@ -21,8 +22,6 @@ use crate::source::wire::{Wire, ident};
 const APPLICATION: &str = "falaj check";
 /// `server_version_num` of the oldest supported release.
 const LEAST_VERSION: i64 = 140_000;
-/// Changes count as live that were committed less than this ago, by both clocks.
-const MOST_SKEW_MS: i64 = 100;
 
 /// The findings, and the tables to expect topics for.
 pub(super) struct Postgres {
@@ -65,7 +64,7 @@ impl Postgres {
         self.push("wal_senders", "a free one", free_sender(client, &config.postgres.slot).await);
         self.push("max_slot_wal_keep_size", "no limit, or one that outlasts every outage", keep_size(client).await);
         self.push("wal_sender_timeout", "0, or several seconds", sender_timeout(client).await);
-        self.push("clock", "within 100 ms of Postgres's", clock(client).await);
+        self.push("clock", &format!("within {} ms of Postgres's", BACKLOG.as_millis()), clock(client).await);
     }
 
     async fn replication(&mut self, config: &Config, conninfo: &Conninfo) -> Option<SlotIdentity> {
@@ -245,7 +244,7 @@ async fn clock(client: &Client) -> Result<Found> {
 fn skew(ahead_ms: i64) -> Found {
     let side = if ahead_ms < 0 { "behind" } else { "ahead of" };
     let found = format!("{} ms {side} Postgres's", ahead_ms.abs());
-    if ahead_ms.abs() <= MOST_SKEW_MS {
+    if u128::from(ahead_ms.unsigned_abs()) <= BACKLOG.as_millis() {
         return found.into();
     }
     Found::with_advice(

@@ -31,6 +31,7 @@ use crate::kafka;
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
 use crate::source::conn::Conninfo;
 use crate::value::Converted;
+pub use commit::BACKLOG;
 use commit::{Committer, Piece, Progress, Record, Records, producer};
 pub use history::{Fenced, fence, open_history, read_history};
 pub use limit::require_room;

@@ -19,9 +19,9 @@ use crate::sink::worker::{Next, Order, Orders};
 
 /// An open transaction with nothing more coming is closed after this long: a little company halves the broker's work.
 const COMPANY: Duration = Duration::from_millis(4);
-/// … but not while events come that were committed longer ago than this: then there is a backlog, and small transactions
-/// would cost the broker most of its time.
-const BACKLOG: Duration = Duration::from_millis(100);
+/// Events that were committed longer ago than this, by both clocks, are a backlog: they get no small transactions, which would
+/// cost the broker most of its time.
+pub const BACKLOG: Duration = Duration::from_millis(100);
 /// Each partition of a transaction costs the broker a marker. So one of a backlog may be open for this part of the time that
 /// its events are late anyway …
 const OF_DELAY: u32 = 8;
@@ -159,7 +159,7 @@ impl Committer {
     /// How old the open transaction may become: in the middle of one of Postgres as old as any.
     fn age_limit(&self, open: &Open) -> Duration {
         match open.checkpoint.partial {
-            None => age_limit(self.age, open.delay).min(self.oldest),
+            None => stretched(self.age, open.delay).min(self.oldest),
             Some(_) => self.oldest,
         }
     }
@@ -278,7 +278,7 @@ fn oldest(config: &config::Kafka) -> Duration {
 }
 
 /// How old a transaction may become whose newest event came `delay` after its commit: `age` while there is no long backlog.
-fn age_limit(age: Duration, delay: Duration) -> Duration {
+fn stretched(age: Duration, delay: Duration) -> Duration {
     (delay / OF_DELAY).clamp(age, age.saturating_mul(AGES))
 }
 
@@ -322,9 +322,9 @@ mod tests {
     #[test]
     fn a_transaction_grows_older_with_the_delay_of_its_events() {
         let ms = Duration::from_millis;
-        let limits = [0, 399, 400, 800, 3200, 86_400_000].map(|delay| age_limit(ms(50), ms(delay)));
+        let limits = [0, 399, 400, 800, 3200, 86_400_000].map(|delay| stretched(ms(50), ms(delay)));
         assert_eq!(limits, [50, 50, 50, 100, 400, 400].map(ms));
-        assert_eq!(age_limit(Duration::MAX, ms(1)), Duration::MAX);
+        assert_eq!(stretched(Duration::MAX, ms(1)), Duration::MAX);
     }
 
     #[test]
