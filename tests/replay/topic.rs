@@ -2,7 +2,7 @@
 
 use super::{commit, lines, lsn, replay, replayed};
 use crate::rig::process::Ended;
-use crate::rig::{Pipeline, Servers, assert_same, check, id, kafka, load, until};
+use crate::rig::{Pipeline, Servers, assert_same, check, id, kafka, load};
 
 /// Everything of a record but its place.
 fn content(records: Vec<kafka::Record>) -> Vec<(Option<String>, String, Option<i64>)> {
@@ -29,8 +29,7 @@ async fn a_replay_into_a_new_topic_is_exact_and_survives_sigkill() {
         let before = kafka::ends(&p.config, &checkpoints).await;
         let running = p.start(&[&["replay"], &flags[..]].concat());
         // Each transaction adds a record and a marker.
-        until("a part is in", async || kafka::ends(&p.config, &checkpoints).await[0] > before[0] + 5).await;
-        running.kill();
+        running.killed_midway(async || kafka::ends(&p.config, &checkpoints).await[0] > before[0] + 5).await;
     }
     let part = content(kafka::records(&p.config, &topic).await);
     assert!(part.len() < all.len(), "killed too late");
@@ -127,8 +126,7 @@ async fn messages_are_replayed_between_the_rows_that_they_stood_between() {
     for _ in 0..3 {
         let before = kafka::ends(&p.config, &checkpoints).await;
         let running = p.start(&[&["replay"], &flags[..]].concat());
-        until("a part is in", async || kafka::ends(&p.config, &checkpoints).await[0] > before[0] + 5).await;
-        running.kill();
+        running.killed_midway(async || kafka::ends(&p.config, &checkpoints).await[0] > before[0] + 5).await;
     }
     replayed(&p, &flags).await;
     let mut found: Vec<_> = kafka::records(&p.config, &topic).await.into_iter().map(|record| record.value).collect();

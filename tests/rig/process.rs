@@ -5,8 +5,12 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use super::until;
+
+/// A fraction of what a process has to do that is to be killed midway.
+const SLICE: Duration = Duration::from_millis(20);
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -45,6 +49,19 @@ impl Falaj {
     pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// SIGKILL once this holds, while there is still work left: the process runs in slices and rests while it is asked.
+    pub async fn killed_midway(mut self, mut holds: impl AsyncFnMut() -> bool) {
+        until("a part of the work is done", async || {
+            self.signal("-CONT");
+            tokio::time::sleep(SLICE).await;
+            assert!(self.runs(), "ended too early: {}", self.log());
+            self.signal("-STOP");
+            holds().await
+        })
+        .await;
+        self.kill();
     }
 
     pub fn log(&self) -> String {
