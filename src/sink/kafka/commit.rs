@@ -32,6 +32,8 @@ const AGES: u32 = 8;
 const OF_TIMEOUT: u32 = 3;
 /// `transaction.timeout.ms` where nothing else is set.
 const TRANSACTION_TIMEOUT: &str = "60000";
+/// How long a full queue is flushed before a record tries it again.
+const FULL: Duration = Duration::from_millis(2);
 /// How long the end of a session waits for the open transaction to be rolled back.
 const ROLL_BACK: Duration = Duration::from_secs(2);
 /// One step of that.
@@ -193,7 +195,7 @@ impl Committer {
         self.send(out)
     }
 
-    /// librdkafka's own queue is bounded; while it is full, wait for the broker.
+    /// librdkafka's own queue is bounded; while it is full, wait for the broker to take some of it.
     fn send(&self, mut record: BaseRecord<'_, [u8], [u8]>) -> Result<()> {
         loop {
             record = match self.producer.send(record) {
@@ -201,7 +203,8 @@ impl Committer {
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => back,
                 Err((e, _)) => return Err(self.failed(&e)),
             };
-            self.producer.poll(Duration::from_millis(1));
+            self.producer.poll(Duration::ZERO);
+            self.flush(FULL);
         }
     }
 
@@ -209,7 +212,8 @@ impl Committer {
         let Some(Open { checkpoint, since, bytes, .. }) = self.open.take() else { return Ok(()) };
         let (key, value) = (self.progress)(checkpoint)?;
         self.send(BaseRecord::to(&self.topic).key(key.as_bytes()).payload(value.as_slice()).partition(0))?;
-        self.drain();
+        // `commit_transaction` would wait for the records too, but in steps of 100 ms.
+        self.flush(TIMEOUT);
         self.retrying(|p| p.commit_transaction(TIMEOUT))?;
         orders.durable(checkpoint);
         metrics::histogram!("falaj_produce_kafka_transaction_seconds").record(since.elapsed().as_secs_f64());
@@ -217,12 +221,12 @@ impl Committer {
         Ok(())
     }
 
-    /// Waits until the broker has every record. `commit_transaction` would do so too, but in steps of 100 ms.
-    fn drain(&self) {
+    /// Sends what is queued without lingering, until the broker has every record or `longest` is over.
+    fn flush(&self, longest: Duration) {
         let client = self.producer.client().native_ptr();
         // SAFETY: the pointer belongs to `self.producer`, which lives through the call; rd_kafka_flush is thread-safe.
         // Its result needs no look: what was not delivered makes commit_transaction fail.
-        unsafe { rdkafka::bindings::rd_kafka_flush(client, TIMEOUT.as_millis() as i32) };
+        unsafe { rdkafka::bindings::rd_kafka_flush(client, longest.as_millis() as i32) };
     }
 
     /// Aborting drops what is queued, and then waits for the reports of just that, which nobody takes but `poll`. Not for
@@ -294,8 +298,10 @@ pub(super) fn producer(config: &Config, slot: &str) -> Result<BaseProducer<Repor
     let mut settings = client_over(
         &config.kafka,
         &[
-            // Longer than most batches take to fill; with many partitions it fills theirs. A commit does not wait for it.
-            ("linger.ms", "30"),
+            // So long that batches go when they are full, and with a flush: that of a full queue and that of a commit. While
+            // a partition has a record older than this and a request on its way, librdkafka's thread asks without waiting
+            // whether it may send: a third of its CPU time with 30 ms (docs/benchmarks.md).
+            ("linger.ms", "1000"),
             ("batch.size", "262144"),
             ("batch.num.messages", "20000"),
             ("queue.buffering.max.messages", "200000"),

@@ -17,7 +17,7 @@ const DEFAULT: usize = 1_000_000;
 /// Framing and headers: what a record's batch holds beside key and value.
 const FRAMING: usize = 1 << 10;
 /// What librdkafka may hold at least, in KiB.
-const LEAST_QUEUE: usize = 6 << 10;
+const LEAST_QUEUE: usize = 5 << 10;
 
 /// What key and value of one record may hold together, and what is done with more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn the_queue_always_has_room_for_the_largest_record() {
-        assert_eq!(queue_kbytes(&kafka(&[])).unwrap(), "6144");
+        assert_eq!(queue_kbytes(&kafka(&[])).unwrap(), "5120");
         assert_eq!(queue_kbytes(&kafka(&[("message.max.bytes", "104857600")])).unwrap(), "103424");
         assert_eq!(queue_kbytes(&kafka(&[("queue.buffering.max.kbytes", "65536")])).unwrap(), "65536");
         let small = kafka(&[("message.max.bytes", "104857600"), ("queue.buffering.max.kbytes", "65536")]);
