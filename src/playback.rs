@@ -37,8 +37,12 @@ pub struct Kept {
 /// # Errors
 /// [`Error::Fatal`] when the directory cannot be read.
 pub fn batches(dir: &Path) -> Result<Vec<Batch>> {
-    let Some(newest) = archive::list(dir)?.pop() else { return Ok(Vec::new()) };
-    Ok(archive::list(dir)?.into_iter().filter(|batch| batch.last <= newest.last).collect())
+    let first = archive::list(dir)?;
+    // History stands between the rows of the stream, and ends where no batch of theirs does.
+    let newest = |history| first.iter().filter(|batch| batch.is_history() == history).map(|batch| batch.last).max();
+    let newest = [newest(false), newest(true)];
+    let is_seen = |batch: &Batch| Some(batch.last) <= newest[usize::from(batch.is_history())];
+    Ok(archive::list(dir)?.into_iter().filter(is_seen).collect())
 }
 
 /// What the archive holds; `None` when nothing has been sealed. Blocking.
