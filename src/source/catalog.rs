@@ -27,6 +27,9 @@ const OUTSIDE: &str = "CASE WHEN n.nspname = 'public' THEN c.relname::text ELSE 
 const TABLE: &str = "c.oid, n.nspname::text, c.relname::text, c.relkind = 'p', c.relreplident::text, \
     pg_catalog.has_table_privilege(c.oid, 'SELECT') AND pg_catalog.has_schema_privilege(n.oid, 'USAGE')";
 
+/// Attribute numbers of an index's key, in its order, without the columns that it only INCLUDEs.
+pub(super) const KEY: &str = "(i.indkey::int2[])[0:i.indnkeyatts - 1]";
+
 impl Table {
     /// The quoted name, for SQL.
     pub fn sql_name(&self) -> String {
@@ -105,18 +108,20 @@ pub async fn published(client: &Client, publication: &str) -> Result<Vec<Table>>
 async fn describe(client: &Client, row: &Row, listed: Option<Vec<String>>) -> Result<Table> {
     let oid: u32 = row.get(0);
     // The replica identity's columns: of the primary key (d), of the chosen index (i), all (f), none (n).
-    let sql = "SELECT a.attname::text, a.atttypid, a.atttypmod, \
-                   c.relreplident = 'f' OR EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid \
-                       AND a.attnum = ANY (i.indkey::int2[]) \
-                       AND (c.relreplident = 'd' AND i.indisprimary OR c.relreplident = 'i' AND i.indisreplident)), \
-                   (SELECT pg_catalog.array_position(i.indkey::int2[], a.attnum) FROM pg_catalog.pg_index i \
-                       WHERE i.indrelid = c.oid AND i.indisprimary) \
-               FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
-               WHERE c.oid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND (a.attgenerated = '' OR a.attname::text = ANY ($2)) \
-               ORDER BY a.attnum";
+    let sql = format!(
+        "SELECT a.attname::text, a.atttypid, a.atttypmod, \
+             c.relreplident = 'f' OR EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid \
+                 AND a.attnum = ANY ({KEY}) \
+                 AND (c.relreplident = 'd' AND i.indisprimary OR c.relreplident = 'i' AND i.indisreplident)), \
+             (SELECT pg_catalog.array_position({KEY}, a.attnum) FROM pg_catalog.pg_index i \
+                 WHERE i.indrelid = c.oid AND i.indisprimary) \
+         FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
+         WHERE c.oid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND (a.attgenerated = '' OR a.attname::text = ANY ($2)) \
+         ORDER BY a.attnum"
+    );
     // A generated column is streamed only where the publication names it (Postgres 18, publish_generated_columns).
     let named: &[String] = listed.as_deref().unwrap_or_default();
-    let found = client.query(sql, &[&oid, &named]).await.map_err(|e| sql_error("reading the catalogue", &e))?;
+    let found = client.query(&sql, &[&oid, &named]).await.map_err(|e| sql_error("reading the catalogue", &e))?;
     let mut key: Vec<(i32, String)> =
         found.iter().filter_map(|r| Some((r.get::<_, Option<i32>>(4)?, r.get(0)))).collect();
     key.sort();

@@ -2,6 +2,7 @@
 
 use tokio_postgres::{Client, Row};
 
+use super::catalog::KEY;
 use super::types::{self, Told};
 use crate::error::{Error, Result};
 use crate::lsn::{Checkpoint, Lsn};
@@ -210,10 +211,12 @@ pub async fn primary_key(client: &Client, relation: &Relation) -> Result<Vec<usi
     if relation.replica_identity == b'd' {
         return Ok(identity());
     }
-    let sql = "SELECT a.attname::text FROM pg_catalog.pg_index i \
-               JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[]) \
-               WHERE i.indrelid = $1 AND i.indisprimary ORDER BY a.attnum";
-    let rows = client.query(sql, &[&relation.oid]).await.map_err(lost)?;
+    let sql = format!(
+        "SELECT a.attname::text FROM pg_catalog.pg_index i \
+         JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY ({KEY}) \
+         WHERE i.indrelid = $1 AND i.indisprimary ORDER BY a.attnum"
+    );
+    let rows = client.query(&sql, &[&relation.oid]).await.map_err(lost)?;
     let now: Option<Vec<usize>> = rows.iter().map(|row| relation.index_of(row.get(0))).collect();
     let is_brought = |key: &[usize]| !key.is_empty() && key.iter().all(|i| relation.columns[*i].identity);
     Ok(match now {
