@@ -19,6 +19,7 @@ use crate::enrich::state::Snapshot;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::pgoutput::{Cell, Message, Tuple, parse};
+use crate::schema::Relation;
 use crate::source::conn::{Conninfo, sql_error};
 use crate::source::wire::ident;
 use crate::source::{catalog, pins, slot};
@@ -42,6 +43,8 @@ pub(super) struct Source {
     unseen: HashSet<Lsn>,
     changed: BTreeMap<u32, Changed>,
     none: Changed,
+    /// Where the slot's rows of a table have the columns of its key; `None` where they lack one, or have it as another type.
+    places: BTreeMap<u32, Option<Vec<usize>>>,
 }
 
 impl Source {
@@ -64,8 +67,8 @@ impl Source {
         let sees = adoption(&snapshot)?;
         let tables = tables(&client, &config.postgres.publication).await?;
         let older = crate::init::origin::read(&config.state.dir)?.map(|origin| adoption(&origin)).transpose()?;
-        let (unseen, changed, none) = Default::default();
-        let mut source = Self { client, snapshot, sees, older, tables, unseen, changed, none };
+        let (unseen, changed, none, places) = Default::default();
+        let mut source = Self { client, snapshot, sees, older, tables, unseen, changed, none, places };
         wait_for_flush(world, &stream, source.snapshot.lsn).await?;
         source.read_slot(&stream, &copy, &config.postgres.publication).await?;
         pins::drop_slot(&stream, &copy).await?;
@@ -109,6 +112,7 @@ impl Source {
                 }
                 *transaction = seen.then_some(final_lsn);
             }
+            (Message::Relation(relation), _) => self.note_columns(&relation),
             (Message::Insert { relation, new }, Some(at)) => self.note_row(relation, new, at)?,
             (Message::Update { relation, old, new }, Some(at)) => {
                 self.note_row(relation, new, at)?;
@@ -125,17 +129,28 @@ impl Source {
         Ok(())
     }
 
+    fn note_columns(&mut self, relation: &Relation) {
+        let Some(table) = self.tables.iter().find(|table| table.oid == relation.oid) else { return };
+        let place = |i: &usize| {
+            let place = relation.index_of(&table.columns[*i].0)?;
+            (relation.columns[place].type_oid == table.type_oids[*i]).then_some(place)
+        };
+        self.places.insert(relation.oid, table.key.iter().map(place).collect());
+    }
+
     fn note_row(&mut self, oid: u32, tuple: Tuple<'_>, at: Lsn) -> Result<()> {
         let Some(table) = self.tables.iter().find(|table| table.oid == oid) else { return Ok(()) };
         let cells: Vec<_> = tuple.cells().collect();
         let changed = self.changed.entry(oid).or_default();
-        // Columns that came or went meanwhile: which row it was cannot be told.
-        if cells.len() != table.columns.len() {
+        let places = self.places.get(&oid).and_then(Option::as_deref);
+        let key: Option<Vec<_>> = places.and_then(|places| places.iter().map(|i| cells.get(*i).copied()).collect());
+        // A key that came or was changed meanwhile: which row it was cannot be told.
+        let Some(key) = key else {
             changed.emptied = Some(at.0);
             return Ok(());
-        }
+        };
         for form in [Form::Json, Form::Warehouse] {
-            let values = table.key.iter().map(|i| canonical(form, table.columns[*i].1, cells[*i]));
+            let values = table.key.iter().zip(&key).map(|(i, cell)| canonical(form, table.columns[*i].1, *cell));
             let values: Vec<_> = values.collect::<Result<_>>()?;
             let mut values = values.into_iter();
             if let Some(key) = table.key_text(|_| values.next()) {

@@ -35,6 +35,8 @@ pub(super) struct Table {
     pub(super) keyed: bool,
     /// `pg_class.oid`
     pub(super) oid: u32,
+    /// Oids of the columns' types.
+    pub(super) type_oids: Vec<u32>,
     /// What reads `xmin` and the columns, as the types' output functions write them.
     pub(super) select: String,
 }
@@ -51,7 +53,8 @@ impl Table {
         let select = format!("SELECT {} FROM {}{filter}", list.join(", "), table.sql_source());
         let keyed = !key.is_empty();
         let key = if keyed { key } else { (0..columns.len()).collect() };
-        Self { name: relation.table(), columns, key, keyed, oid: relation.oid, select }
+        let type_oids = relation.columns.iter().map(|c| c.type_oid).collect();
+        Self { name: relation.table(), columns, key, keyed, oid: relation.oid, type_oids, select }
     }
 
     /// The key's text of values in canonical form: one of them as it is, several as a JSON array. `None` when one is absent.
@@ -160,7 +163,7 @@ pub(super) fn for_test(columns: &[(&str, Type)], key: &[usize]) -> Table {
     let columns: Vec<_> = columns.iter().map(|(name, ty)| ((*name).to_owned(), *ty)).collect();
     let keyed = !key.is_empty();
     let key = if keyed { key.to_vec() } else { (0..columns.len()).collect() };
-    Table { name: "t".into(), columns, key, keyed, oid: 1, select: String::new() }
+    Table { name: "t".into(), columns, key, keyed, oid: 1, type_oids: Vec::new(), select: String::new() }
 }
 
 #[cfg(test)]
