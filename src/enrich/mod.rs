@@ -113,7 +113,8 @@ impl Enricher {
         });
         let (adoption, origin) = (adoption.transpose()?, header.origin);
         let loaded = Self { caches, log, from: upto.resume, origin, adoption, hits: 0, misses: 0 };
-        if loaded.log.bytes()? > COMPACT_AT { loaded.compact(dir, header, upto.resume) } else { Ok(loaded) }
+        let compact = loaded.log.bytes()? > COMPACT_AT && !loaded.log.has_tail()?;
+        if compact { loaded.compact(dir, header, upto.resume) } else { Ok(loaded) }
     }
 
     /// Writes the rows as of `lsn` as the new base, so that the log does not grow with the years.

@@ -7,7 +7,7 @@
 //! `changes.jsonl`: one [`Entry`] a line. A torn last line was never acknowledged and is dropped.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, BufWriter, Seek, Write};
+use std::io::{BufRead, BufReader, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -200,8 +200,8 @@ pub fn require_header(dir: &Path) -> Result<BaseHeader> {
     header(dir)?.ok_or_else(|| missing(dir, "no base.jsonl"))
 }
 
-/// Reads the state as of `upto`: hands every base row and every logged change below `upto.resume` to `apply`, in order,
-/// forgets the later ones, which the stream will bring again, and returns the header and the open log.
+/// Reads the state as of `upto`: hands every base row and every logged change below `upto.resume` to `apply`, in order, and
+/// returns the header and the open log. The later ones stay in it: the stream will bring them again, but perhaps not today.
 ///
 /// # Errors
 /// [`Error::Refused`] for a missing, torn or foreign file, and for a base that lies beyond `upto`.
@@ -287,16 +287,47 @@ pub struct ChangeLog {
     dir: PathBuf,
     out: BufWriter<File>,
     dirty: bool,
+    /// Entries beyond the position that was loaded, until the stream has brought all of them again.
+    tail: Option<Tail>,
+}
+
+/// Entries that are there already.
+struct Tail {
+    lines: BufReader<File>,
+    /// Where the next one begins.
+    at: u64,
+}
+
+impl Tail {
+    /// Whether the next entry is this one; then it is passed over.
+    fn is_next(&mut self, line: &[u8]) -> std::io::Result<bool> {
+        let mut next = Vec::with_capacity(line.len());
+        self.lines.read_until(b'\n', &mut next)?;
+        let same = next == line;
+        self.at += if same { line.len() as u64 } else { 0 };
+        Ok(same)
+    }
 }
 
 impl ChangeLog {
-    /// Reads entries while `keep` says so and cuts the file there.
-    fn open(dir: &Path, keep: impl FnMut(Entry) -> Result<bool>) -> Result<Self> {
+    /// Reads entries while `loaded` says so. The others are the tail.
+    fn open(dir: &Path, loaded: impl FnMut(Entry) -> Result<bool>) -> Result<Self> {
         let path = dir.join(CHANGES);
-        let mut file = at(dir, OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path))?;
-        let kept = read_entries(dir, BufReader::new(&file), keep)?;
-        at(dir, file.set_len(kept).and_then(|()| file.seek(std::io::SeekFrom::End(0))))?;
-        Ok(Self { dir: dir.to_owned(), out: BufWriter::new(file), dirty: false })
+        let file = at(dir, OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path))?;
+        let read = read_entries(dir, BufReader::new(&file), loaded)?;
+        let mut lines = BufReader::new(at(dir, File::open(&path))?);
+        at(dir, lines.seek(SeekFrom::Start(read)))?;
+        let tail = Some(Tail { lines, at: read });
+        Ok(Self { dir: dir.to_owned(), out: BufWriter::new(file), dirty: false, tail })
+    }
+
+    /// Whether entries are there beyond the position that was loaded.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] with the path when the disk refuses.
+    pub fn has_tail(&self) -> Result<bool> {
+        let bytes = self.bytes()?;
+        Ok(self.tail.as_ref().is_some_and(|tail| tail.at < bytes))
     }
 
     /// Size of the log, in bytes.
@@ -315,12 +346,23 @@ impl ChangeLog {
         Self::open(dir, |_| Ok(false))
     }
 
-    /// Adds an entry; durable only after [`ChangeLog::sync`].
+    /// Adds an entry, unless it is there already; durable only after [`ChangeLog::sync`].
     ///
     /// # Errors
     /// [`Error::Fatal`] with the path when the disk refuses.
     pub fn append(&mut self, entry: &Entry) -> Result<()> {
         self.dirty = true;
+        if let Some(tail) = &mut self.tail {
+            let mut text = Vec::new();
+            at(&self.dir, line(&mut text, entry))?;
+            if at(&self.dir, tail.is_next(&text))? {
+                return Ok(());
+            }
+            // The end, or what a crash has torn.
+            let (file, end) = (self.out.get_mut(), tail.at);
+            at(&self.dir, file.set_len(end).and_then(|()| file.seek(SeekFrom::Start(end))))?;
+            self.tail = None;
+        }
         at(&self.dir, line(&mut self.out, entry))
     }
 
@@ -424,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn state_is_rebuilt_as_of_the_sinks_position_and_later_entries_are_forgotten() {
+    fn state_is_rebuilt_as_of_the_sinks_position_and_later_entries_stay_until_the_stream_brings_others() {
         let dir = tempfile::tempdir().unwrap();
         let mut base = BaseWriter::create(dir.path(), &sample()).unwrap();
         base.row(0, "k", &[Some("α")]).unwrap();
@@ -439,7 +481,19 @@ mod tests {
         let some = |s: &str| Some(s.to_owned());
         assert_eq!(titles(dir.path(), 1000), [some("α"), some("β"), some("γ"), some("δ")]);
         assert_eq!(titles(dir.path(), 300), [some("α"), some("β"), some("γ")]);
-        assert_eq!(titles(dir.path(), 1000), [some("α"), some("β"), some("γ")]);
+        let append = |resume: u64, entries: &[(u64, &str)]| {
+            let (_, mut log) = load(dir.path(), Checkpoint::whole(Lsn(resume)), |_, _, _| Ok(())).unwrap();
+            entries.iter().for_each(|(at, title)| log.append(&put(*at, title)).unwrap());
+            log.sync().unwrap();
+            log.has_tail().unwrap()
+        };
+        // A sink that has got less far than another one, and does not get there today either.
+        assert!(append(200, &[(200, "γ")]));
+        assert_eq!(titles(dir.path(), 1000), [some("α"), some("β"), some("γ"), some("δ")]);
+        assert!(!append(200, &[(200, "γ"), (300, "δ"), (400, "ε")]));
+        assert_eq!(titles(dir.path(), 1000), [some("α"), some("β"), some("γ"), some("δ"), some("ε")]);
+        assert!(!append(300, &[(300, "other")]));
+        assert_eq!(titles(dir.path(), 1000), [some("α"), some("β"), some("γ"), some("other")]);
     }
 
     #[test]
