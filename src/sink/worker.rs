@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use super::Stored;
 use crate::error::{Error, Result};
@@ -17,7 +16,8 @@ pub(super) struct Worker<T> {
     bytes: Arc<Semaphore>,
     limit: usize,
     durable: watch::Receiver<Checkpoint>,
-    thread: Option<JoinHandle<Result<()>>>,
+    /// How the thread has ended; `None` once that was told.
+    outcome: Option<oneshot::Receiver<Result<()>>>,
 }
 
 /// The thread's end.
@@ -51,12 +51,13 @@ impl<T: Send + 'static> Worker<T> {
         let (sender, orders) = channel();
         let (progress, durable) = watch::channel(start);
         let ours = Orders { orders, durable: progress };
-        let thread = std::thread::Builder::new()
+        let (tell, outcome) = oneshot::channel();
+        std::thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || run(ours))
+            .spawn(move || tell.send(run(ours)))
             .map_err(|e| Error::fatal(format_args!("starting thread {name}"), e))?;
         let bytes = Arc::new(Semaphore::new(queue_bytes));
-        Ok(Self { orders: Some(sender), bytes, limit: queue_bytes, durable, thread: Some(thread) })
+        Ok(Self { orders: Some(sender), bytes, limit: queue_bytes, durable, outcome: Some(outcome) })
     }
 
     /// Hands an order over; waits while the queue is full. One larger than the queue takes the whole of it.
@@ -86,14 +87,13 @@ impl<T: Send + 'static> Worker<T> {
         }
     }
 
-    /// Lets the thread end and waits for it.
+    /// Lets the thread end and waits for it. Who does not wait to the end takes nothing from who asks next.
     pub(super) async fn stop(&mut self) -> Result<()> {
         self.orders = None;
-        let Some(thread) = self.thread.take() else { return Ok(()) };
-        match tokio::task::spawn_blocking(move || thread.join()).await {
-            Ok(Ok(outcome)) => outcome,
-            _ => Err(Error::Fatal("a sink's thread has panicked".into())),
-        }
+        let Some(outcome) = &mut self.outcome else { return Ok(()) };
+        let outcome = outcome.await;
+        self.outcome = None;
+        outcome.unwrap_or_else(|_| Err(Error::Fatal("a sink's thread has panicked".into())))
     }
 
     async fn failure(&mut self) -> Error {
@@ -121,5 +121,30 @@ impl<T> Orders<T> {
     /// Says that everything up to `checkpoint` is durable.
     pub(super) fn durable(&self, checkpoint: Checkpoint) {
         self.durable.send_replace(checkpoint);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn why_a_thread_has_ended_is_told_to_who_waits_for_it() {
+        let (end, ended) = channel::<()>();
+        let run = move |orders: Orders<()>| {
+            drop(orders);
+            let _ = ended.recv();
+            Err(Error::unreachable("Kafka", "away"))
+        };
+        let mut worker = Worker::spawn("test", 1, Checkpoint::whole(crate::lsn::Lsn(0)), run).unwrap();
+        // A loop that has something else to do meanwhile lets go of the question.
+        while worker.durable.has_changed().is_ok() {
+            tokio::task::yield_now().await;
+        }
+        assert!(worker.moved().now_or_never().is_none());
+        drop(end);
+        assert!(worker.moved().await.unwrap_err().is_transient());
     }
 }
