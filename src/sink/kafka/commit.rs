@@ -5,9 +5,12 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant, SystemTime};
 
+use rdkafka::bindings::rd_kafka_resp_err_t as RDKafkaRespErr;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::OwnedHeaders;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+
+use tracing::warn;
 
 use super::limit::queue_kbytes;
 use super::reports::Reports;
@@ -203,7 +206,6 @@ impl Committer {
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => back,
                 Err((e, _)) => return Err(self.failed(&e)),
             };
-            self.producer.poll(Duration::ZERO);
             self.flush(FULL);
         }
     }
@@ -221,12 +223,19 @@ impl Committer {
         Ok(())
     }
 
-    /// Sends what is queued without lingering, until the broker has every record or `longest` is over.
+    /// Sends what is queued without lingering, until the broker has every record or `longest` is over. What was not delivered
+    /// makes `commit_transaction` fail; it is waited for until `poll` has taken the report of it, so that is done in between.
     fn flush(&self, longest: Duration) {
-        let client = self.producer.client().native_ptr();
-        // SAFETY: the pointer belongs to `self.producer`, which lives through the call; rd_kafka_flush is thread-safe.
-        // Its result needs no look: what was not delivered makes commit_transaction fail.
-        unsafe { rdkafka::bindings::rd_kafka_flush(client, longest.as_millis() as i32) };
+        let (client, deadline) = (self.producer.client().native_ptr(), Instant::now() + longest);
+        loop {
+            let step = deadline.saturating_duration_since(Instant::now()).min(STEP);
+            // SAFETY: the pointer belongs to `self.producer`, which lives through the call; rd_kafka_flush is thread-safe.
+            let flushed = unsafe { rdkafka::bindings::rd_kafka_flush(client, step.as_millis() as i32) };
+            self.producer.poll(Duration::ZERO);
+            if flushed == RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR || Instant::now() >= deadline {
+                return;
+            }
+        }
     }
 
     /// Aborting drops what is queued, and then waits for the reports of just that, which nobody takes but `poll`. Not for
@@ -253,7 +262,9 @@ impl Committer {
         loop {
             match call(&self.producer) {
                 Ok(()) => return Ok(()),
-                Err(KafkaError::Transaction(e)) if e.is_retriable() && !e.txn_requires_abort() => {}
+                Err(KafkaError::Transaction(e)) if e.is_retriable() && !e.txn_requires_abort() => {
+                    warn!(error = %e, "Kafka has not answered a commit, asking again");
+                }
                 Err(e) => return Err(self.failed(&e)),
             }
         }
@@ -269,7 +280,10 @@ impl Committer {
             Some((
                 RDKafkaErrorCode::Fenced | RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::InvalidProducerEpoch,
                 why,
-            )) => Error::Fenced(format!("another producer of pipeline and slot has taken over Kafka: {why}")),
+            )) => Error::Fenced(format!(
+                "another producer of pipeline and slot has taken over Kafka, or the broker has given up a transaction that was \
+                 open for longer than transaction.timeout.ms, as after a pause of this machine (then start it again): {why}"
+            )),
             _ => error(&self.config, e),
         }
     }
