@@ -15,7 +15,7 @@ use rdkafka::{ClientConfig, ClientContext};
 use crate::config::Kafka;
 use crate::error::{Error, Result};
 
-pub use committed::read_committed;
+pub use committed::{read_committed, settle};
 pub use topic_id::topic_id;
 
 /// How long a metadata or admin request may take.

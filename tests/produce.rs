@@ -5,9 +5,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use falaj::lsn::Lsn;
+use rdkafka::producer::Producer;
 
 use crate::rig::stack::Stack;
-use crate::rig::{Pipeline, Servers, archive, assert_same, check, id, kafka, load, oracle, until};
+use crate::rig::{DEADLINE, Pipeline, Servers, archive, assert_same, check, id, kafka, load, oracle, until};
 
 /// Fields of an event, each as its own bytes.
 fn fields(event: &str) -> BTreeMap<String, Box<serde_json::value::RawValue>> {
@@ -332,6 +333,34 @@ async fn a_second_produce_waits_writes_nothing_and_takes_over() {
     let lsn = p.lsn().await;
     second.drains().await;
     assert_eq!(check::produced(&p, lsn).await, 300);
+}
+
+/// A transaction of somebody else (the lane of a killed backfill, say) hides the positions that are stored behind it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_position_behind_an_open_transaction_is_waited_for() {
+    let mut p = Pipeline::new("behind_open").await;
+    p.set("FALAJ_ARCHIVE__SEAL_AFTER", "1h");
+    let insert = async || {
+        p.run("INSERT INTO engagement_events (event_ts) SELECT now() FROM generate_series(1, 100)").await;
+    };
+    insert().await;
+    let running = p.start(&["produce"]);
+    let kafka_has =
+        async |count| until("Kafka has them", async || p.records("engagement_events").await.len() == count).await;
+    kafka_has(100).await;
+    let open = kafka::open_transaction(&p.config, &p.config.checkpoint_topic(), 1).await;
+    insert().await;
+    kafka_has(200).await;
+    running.kill();
+    let mut next = p.start(&["produce"]);
+    next.says("waiting for open transactions").await;
+    insert().await;
+    tokio::task::spawn_blocking(move || open.abort_transaction(DEADLINE).unwrap()).await.unwrap();
+    kafka_has(300).await;
+    next.drains().await;
+    let values = p.values("engagement_events").await;
+    assert_eq!(values.len(), 300);
+    assert_same("archive", &p.rows("engagement_events"), &values);
 }
 
 /// A process of the server that stands still until this is dropped.

@@ -17,12 +17,14 @@ use super::reader::{Reader, Until};
 use super::source::failed;
 use super::statement::{self, Columns};
 use crate::enrich::Moment;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::event::Layout;
 use crate::lsn::{Lsn, Position};
 
 /// Numbers are taken in blocks of so many, a block at a time for one lane: so no two rows of a snapshot share one.
-pub(super) const BLOCK: u64 = 10_000_000;
+pub(super) const BLOCK: u64 = 1_000_000;
+/// A number has ten digits in an event's id.
+const BLOCKS: u64 = 10_000_000_000 / BLOCK;
 
 /// A table that is copied.
 pub(super) struct Copied {
@@ -57,8 +59,17 @@ impl Shared {
     }
 
     /// The first number of a block that nobody else has.
-    pub(super) fn block(&self) -> u64 {
-        self.blocks.fetch_add(1, Relaxed) * BLOCK
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] when there is none left: what is stored is kept, and a new snapshot has new ones.
+    pub(super) fn block(&self) -> Result<u64> {
+        match self.blocks.fetch_add(1, Relaxed) {
+            block if block < BLOCKS => Ok(block * BLOCK),
+            _ => Err(Error::unreachable(
+                "backfill",
+                format!("{BLOCKS} ranges were copied from one snapshot; the next one goes on"),
+            )),
+        }
     }
 
     /// Position of the row with a number. Every commit record lies at a multiple of 8, so no transaction has this LSN; it is
@@ -124,7 +135,7 @@ impl Lane {
         self.client.batch_execute(statement::settings(&table.plan)).await.map_err(|e| failed(&e))?;
         let mut stream = pin!(self.client.copy_out(&sql).await.map_err(|e| failed(&e))?);
         let mut halted = pin!(shared.halt.cancelled());
-        let mut reader = Reader::new(shared, table, item);
+        let mut reader = Reader::new(shared, table, item)?;
         loop {
             let message = tokio::select! {
                 biased;

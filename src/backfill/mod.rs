@@ -123,10 +123,12 @@ pub struct Told {
 /// [`Error::Refused`] for a plan or a note that cannot be read; [`Error::Unreachable`] without a broker.
 pub async fn progress(config: &Arc<Config>) -> Result<Vec<Told>> {
     let plans = Plan::all(&config.state.dir)?;
-    let marks = if plans.is_empty() { Vec::new() } else { outlet::marks(config).await? };
+    let marks = if plans.is_empty() { Vec::new() } else { outlet::marks(config, None).await? };
     let told = |plan: Plan| {
         let (rows, ranges_done) = plan.stored_in_all(&marks);
         let (estimated_rows, ranges) = (plan.rows, plan.ranges.len());
+        // A range without a row leaves nothing in an archive that could say so.
+        let ranges_done = if plan.finished { ranges } else { ranges_done };
         Told { table: plan.table, finished: plan.finished, rows, estimated_rows, ranges_done, ranges }
     };
     Ok(plans.into_iter().map(told).collect())
@@ -177,7 +179,7 @@ async fn session(world: &World, wanted: &[Wanted], speed: Speed, source: Source,
     let jobs = usize::from(speed.jobs);
     let names: Vec<String> = wanted.iter().map(|w| w.table.clone()).collect();
     let mut fenced = Fenced::take(config, jobs.max(Plan::lanes(&config.state.dir)?), &names).await?;
-    let marks = outlet::marks(config).await?;
+    let marks = outlet::marks(config, Some(&world.stop)).await?;
     let moment = source.lookups(config).await?;
     let tables = describe(config, &source, wanted, &moment, jobs).await?;
     let items: VecDeque<_> = tables.iter().enumerate().flat_map(|(n, table)| table.plan.left(n, &marks)).collect();
@@ -229,16 +231,15 @@ async fn describe(
 }
 
 /// Runs the lanes to their end. The sessions of a copy that was broken off are ended: else they would send all of it.
-async fn run_lanes(shared: &Arc<Shared>, source: Source, outlets: Vec<Vec<Outlet>>) -> Result<()> {
+async fn run_lanes(shared: &Arc<Shared>, mut source: Source, outlets: Vec<Vec<Outlet>>) -> Result<()> {
     let (mut clients, mut pids) = (Vec::new(), vec![source::pid(&source.client).await?]);
+    source.hold_alone().await?;
     for _ in 1..outlets.len() {
         let (client, pid) = source.another().await?;
         clients.push(client);
         pids.push(pid);
     }
-    // Every session has the snapshot now; with `wire` the temporary slot goes.
-    let Source { conninfo, client, wire, .. } = source;
-    drop(wire);
+    let Source { conninfo, client, .. } = source;
     clients.insert(0, client);
     let lanes = clients.into_iter().zip(outlets).map(|(client, outlets)| {
         let lane = Lane { client, outlets, shared: Arc::clone(shared) };

@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use tokio_util::sync::CancellationToken;
+
 use super::plan::Mark;
 use crate::config::{Config, SinkName};
 use crate::error::{Error, Result};
@@ -57,14 +59,14 @@ impl Marks {
     }
 }
 
-/// The marks that the sinks hold, in the order of the configuration.
-pub(super) async fn marks(config: &Arc<Config>) -> Result<Vec<Vec<Mark>>> {
+/// The marks that the sinks hold, in the order of the configuration; `settled` as in [`kafka::read_history`].
+pub(super) async fn marks(config: &Arc<Config>, settled: Option<&CancellationToken>) -> Result<Vec<Vec<Mark>>> {
     let mut all = Vec::new();
     for name in &config.produce.sinks {
         let (place, found) = match name {
             SinkName::Kafka => {
                 let prefix = Mark::prefix(&config.postgres.slot);
-                let records = kafka::read_history(config, prefix).await?;
+                let records = kafka::read_history(config, prefix, settled).await?;
                 (config.checkpoint_topic(), records.into_values().collect())
             }
             SinkName::Archive => {

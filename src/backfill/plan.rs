@@ -52,6 +52,10 @@ pub(super) struct Part {
     pub column: String,
     /// Its type, as SQL writes it.
     pub ty: String,
+    /// The operators `<`, `<=`, `=`, `>=`, `>` of the key's order, as SQL writes them, where it is that of an extension: a bare
+    /// one would be searched in `pg_catalog` alone, and may be found there for another type.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operators: Option<[String; 5]>,
 }
 
 /// The rows of `source` with `after` < key ≤ `upto`.
@@ -280,7 +284,7 @@ mod tests {
             table: "t".into(),
             filter: None,
             backfill: Lsn(256),
-            order: vec![Part { column: "id".into(), ty: "bigint".into() }],
+            order: vec![Part { column: "id".into(), ty: "bigint".into(), operators: None }],
             storage: None,
             rows: 30,
             lanes: 2,

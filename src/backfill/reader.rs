@@ -54,9 +54,9 @@ pub(super) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn new(shared: &'a Shared, table: &'a Copied, item: &'a Item) -> Self {
-        let number = shared.block();
-        Self {
+    pub(super) fn new(shared: &'a Shared, table: &'a Copied, item: &'a Item) -> Result<Self> {
+        let number = shared.block()?;
+        Ok(Self {
             shared,
             table,
             item,
@@ -72,7 +72,7 @@ impl<'a> Reader<'a> {
             is_by_place: is_by_place(&table.plan.order),
             place: None,
             scratch: Vec::new(),
-        }
+        })
     }
 
     /// Hands a row to the item's sinks; `false` for what is no row.
@@ -147,7 +147,7 @@ impl<'a> Reader<'a> {
         self.count();
         // A batch of the archive is named after its first and last number: none holds numbers of two blocks.
         if self.is_full() {
-            self.number = self.shared.block();
+            self.number = self.shared.block()?;
             self.block_end = self.number + BLOCK;
         }
         Ok(())

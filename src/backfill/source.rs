@@ -32,7 +32,7 @@ pub(crate) struct Source {
     pub(super) client: Client,
     /// Transactions that committed below it are seen, and no others.
     pub(super) lsn: Lsn,
-    /// For other sessions, while `wire` is open.
+    /// For other sessions, while `wire` is open or, after [`Source::hold_alone`], `client`.
     pub(super) name: String,
     pub(super) identity: SlotIdentity,
     /// What has exported the snapshot.
@@ -75,6 +75,15 @@ impl Source {
         Ok(Self { conninfo, client, lsn, name, identity, wire: Some(wire) })
     }
 
+    /// From now on this session alone holds the snapshot: the one that exported it has ended, and with it its temporary slot.
+    pub(super) async fn hold_alone(&mut self) -> Result<()> {
+        self.name = self.client.query_one("SELECT pg_export_snapshot()", &[]).await.map_err(|e| failed(&e))?.get(0);
+        if let Some(wire) = self.wire.take() {
+            wire.end().await;
+        }
+        Ok(())
+    }
+
     /// Another session within the same snapshot; gives its process too.
     pub(super) async fn another(&self) -> Result<(Client, i32)> {
         let client = self.conninfo.sql(APPLICATION).await?;
@@ -108,7 +117,7 @@ impl Source {
         plan.require(state, &self.identity, wanted.filter.as_deref())?;
         let fits = match is_by_place(&plan.order) {
             true => plan.storage == Some(self.storage(found).await?),
-            false => plan.order == statement::order(&found.table, &self.types(found).await?),
+            false => plan.order == statement::order(&found.table, &self.key(found).await?),
         };
         if !fits {
             let why = "an unfinished backfill; since then the table was rewritten, or has got another key";
@@ -141,7 +150,7 @@ impl Source {
 
     /// What a table is cut by; where that is the place of its rows, also which files they are in.
     async fn order(&self, found: &Found) -> Result<(Vec<Part>, Option<String>)> {
-        let mut order = statement::order(&found.table, &self.types(found).await?);
+        let mut order = statement::order(&found.table, &self.key(found).await?);
         if self.is_scattered(found, &order[0].column).await? {
             order = statement::by_place();
         }
@@ -161,12 +170,28 @@ impl Source {
         Ok(row.map_err(|e| failed(&e))?.get(0))
     }
 
-    /// Column names and types, as SQL writes them.
-    async fn types(&self, found: &Found) -> Result<Vec<(String, String)>> {
-        let sql = "SELECT attname::text, format_type(atttypid, atttypmod) FROM pg_attribute \
-                   WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped";
+    /// The columns of a table's primary key, in no order.
+    async fn key(&self, found: &Found) -> Result<Vec<Part>> {
+        let sql = "SELECT a.attname::text, format_type(a.atttypid, a.atttypmod), \
+                       CASE WHEN o.opcnamespace <> 'pg_catalog'::regnamespace THEN ARRAY( \
+                           SELECT format('OPERATOR(%I.%s)', n.nspname, p.oprname) \
+                           FROM pg_amop m JOIN pg_operator p ON p.oid = m.amopopr JOIN pg_namespace n ON n.oid = p.oprnamespace \
+                           WHERE m.amopfamily = o.opcfamily AND m.amoplefttype = o.opcintype AND m.amoprighttype = o.opcintype \
+                           ORDER BY m.amopstrategy) END \
+                   FROM pg_index i, unnest(i.indkey::int2[], i.indclass::oid[]) AS k (attnum, class) \
+                       JOIN pg_opclass o ON o.oid = k.class, pg_attribute a \
+                   WHERE i.indrelid = $1 AND i.indisprimary AND a.attrelid = i.indrelid AND a.attnum = k.attnum";
         let rows = self.client.query(sql, &[&found.table.relation.oid]).await.map_err(|e| failed(&e))?;
-        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+        let part = |row: &tokio_postgres::Row| {
+            let operators: Option<Vec<String>> = row.get(2);
+            let operators = operators.map(|list| {
+                <[String; 5]>::try_from(list).map_err(|list| {
+                    Error::fatal("reading the operators of a primary key", format_args!("{list:?} instead of five"))
+                })
+            });
+            Ok(Part { column: row.get(0), ty: row.get(1), operators: operators.transpose()? })
+        };
+        rows.iter().map(part).collect()
     }
 
     /// The files that a table's rows are in.

@@ -52,12 +52,10 @@ pub(super) fn is_by_place(order: &[Part]) -> bool {
     matches!(order, [Part { column, .. }] if column == "ctid")
 }
 
-/// What a table is cut by: its primary key where the stream has all of it, else the place of its rows.
-pub(super) fn order(table: &Table, types: &[(String, String)]) -> Vec<Part> {
-    let ty = |name: &String| types.iter().find(|(column, _)| column == name).map(|(_, ty)| ty.clone());
-    let published = |name: &String| table.relation.index_of(name).is_some();
-    let key = table.primary_key.iter().filter(|name| published(name));
-    let key: Vec<Part> = key.filter_map(|name| Some(Part { column: name.clone(), ty: ty(name)? })).collect();
+/// What a table is cut by: its primary key where the stream has all of it, else the place of its rows. `parts` has the key.
+pub(super) fn order(table: &Table, parts: &[Part]) -> Vec<Part> {
+    let published = table.primary_key.iter().filter(|name| table.relation.index_of(name).is_some());
+    let key: Vec<Part> = published.filter_map(|name| parts.iter().find(|part| part.column == *name).cloned()).collect();
     if key.is_empty() || key.len() < table.primary_key.len() {
         return by_place();
     }
@@ -66,7 +64,7 @@ pub(super) fn order(table: &Table, types: &[(String, String)]) -> Vec<Part> {
 
 /// Cut by where the rows lie.
 pub(super) fn by_place() -> Vec<Part> {
-    vec![Part { column: "ctid".into(), ty: "tid".into() }]
+    vec![Part { column: "ctid".into(), ty: "tid".into(), operators: None }]
 }
 
 /// The conditions on every row: the publication's own, and `--where`.
@@ -98,8 +96,8 @@ pub(super) fn settings(plan: &Plan) -> &'static str {
 
 /// Copies the rows of a range after `after`, in the key's order.
 pub(super) fn copy(columns: &Columns, plan: &Plan, range: &Range, after: Option<&Key>, conditions: &str) -> String {
-    let bounds = [(after, ">"), (range.upto.as_ref(), "<=")];
-    let bounds = bounds.iter().filter_map(|(key, than)| Some(compare(&plan.order, than, (*key)?)));
+    let bounds = [(after, Than::Greater), (range.upto.as_ref(), Than::LessOrEqual)];
+    let bounds = bounds.iter().filter_map(|(key, than)| Some(compare(&plan.order, *than, (*key)?)));
     let all: Vec<_> = bounds.chain([conditions.to_owned()]).collect();
     // The place gives no order that the planner knows of: it would sort what comes sorted.
     let order = if is_by_place(&plan.order) { String::new() } else { format!(" ORDER BY {}", names(&plan.order)) };
@@ -119,13 +117,52 @@ fn name(column: &str) -> String {
     if column == "ctid" { column.to_owned() } else { ident(column) }
 }
 
-fn compare(order: &[Part], than: &str, key: &Key) -> String {
+/// How a row lies to a bound.
+#[derive(Clone, Copy)]
+enum Than {
+    Greater,
+    LessOrEqual,
+}
+
+fn compare(order: &[Part], than: Than, key: &Key) -> String {
     let values: Vec<_> =
         order.iter().zip(key).map(|(part, value)| format!("{}::{}", literal(value), part.ty)).collect();
-    match order.len() {
-        1 => format!("{} {than} {}", names(order), values.concat()),
-        _ => format!("({}) {than} ({})", names(order), values.join(", ")),
+    if order.iter().any(|part| part.operators.is_some()) {
+        return compare_each(order, than, &values);
     }
+    let sign = match than {
+        Than::Greater => ">",
+        Than::LessOrEqual => "<=",
+    };
+    match order.len() {
+        1 => format!("{} {sign} {}", names(order), values.concat()),
+        _ => format!("({}) {sign} ({})", names(order), values.join(", ")),
+    }
+}
+
+/// As the comparison of rows, column by column: SQL has one operator for all columns of a row.
+fn compare_each(order: &[Part], than: Than, values: &[String]) -> String {
+    let signs = ["<", "<=", "=", ">=", ">"].map(str::to_owned);
+    let (strict, inclusive) = match than {
+        Than::Greater => (4, 3),
+        Than::LessOrEqual => (0, 1),
+    };
+    let mut condition = String::new();
+    for (at, (part, value)) in order.iter().zip(values).enumerate().rev() {
+        let one =
+            |sign: usize| format!("{} {} {value}", name(&part.column), part.operators.as_ref().unwrap_or(&signs)[sign]);
+        let is_last = at + 1 == order.len();
+        condition = match than {
+            Than::Greater if is_last => one(strict),
+            Than::LessOrEqual if is_last => one(inclusive),
+            // The first of the two is what the index can be searched by.
+            _ => format!("{} AND ({} OR {} AND {condition})", one(inclusive), one(strict), one(2)),
+        };
+        if !is_last {
+            condition = format!("({condition})");
+        }
+    }
+    condition
 }
 
 /// How many ranges a table of so many rows is cut into.
@@ -185,10 +222,37 @@ mod tests {
         }
     }
 
+    fn parts() -> [Part; 5] {
+        let foreign = |sign: &str| format!("OPERATOR(\"x y\".{sign})");
+        [
+            ("id", "bigint", None),
+            ("net", "inet", None),
+            ("at", "timestamp with time zone", None),
+            ("hidden", "text", None),
+            ("mail", "\"x y\".citext", Some(["<", "<=", "=", ">=", ">"].map(foreign))),
+        ]
+        .map(|(column, ty, operators)| Part { column: column.into(), ty: ty.into(), operators })
+    }
+
+    #[test]
+    fn keys_of_an_extension_are_compared_by_its_own_operators() {
+        let [id, _, _, _, mail] = parts();
+        let one = compare(std::slice::from_ref(&mail), Than::LessOrEqual, &vec!["A".into()]);
+        assert_eq!(one, r#""mail" OPERATOR("x y".<=) 'A'::"x y".citext"#);
+        let key = vec!["A".into(), "7".into()];
+        assert_eq!(
+            compare(&[mail.clone(), id.clone()], Than::Greater, &key),
+            r#"("mail" OPERATOR("x y".>=) 'A'::"x y".citext AND ("mail" OPERATOR("x y".>) 'A'::"x y".citext OR "mail" OPERATOR("x y".=) 'A'::"x y".citext AND "id" > '7'::bigint))"#
+        );
+        assert_eq!(
+            compare(&[id, mail], Than::LessOrEqual, &vec!["7".into(), "A".into()]),
+            r#"("id" <= '7'::bigint AND ("id" < '7'::bigint OR "id" = '7'::bigint AND "mail" OPERATOR("x y".<=) 'A'::"x y".citext))"#
+        );
+    }
+
     fn plan(key: &[&str]) -> (Plan, Columns) {
         let table = table(key);
-        let types = [("id", "bigint"), ("net", "inet"), ("at", "timestamp with time zone"), ("hidden", "text")];
-        let order = order(&table, &types.map(|(n, t)| (n.to_owned(), t.to_owned())));
+        let order = order(&table, &parts());
         let columns = Columns::new(&table.relation, &order);
         let plan = Plan {
             version: 1,

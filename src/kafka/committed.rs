@@ -64,7 +64,11 @@ pub fn read_committed(
 
 /// Waits for the transactions that are open now. A broker answers a commit before each partition has its mark: what a checkpoint
 /// says is committed may not be readable everywhere yet, and would seem to be missing.
-fn settle(config: &Config, reader: &BaseConsumer, topic: &str, count: i32, stop: &CancellationToken) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Unreachable`] when no broker answers, or when a transaction stays open for longer than falaj's own ever do;
+/// [`Error::Fatal`] once `stop` is cancelled.
+pub fn settle(config: &Config, reader: &BaseConsumer, topic: &str, count: i32, stop: &CancellationToken) -> Result<()> {
     let failed = |e: KafkaError| error(&config.kafka, &e);
     let all: BaseConsumer = settings(config, "read_uncommitted").create().map_err(failed)?;
     let end = |of: &BaseConsumer, p| Ok::<_, Error>(of.fetch_watermarks(topic, p, TIMEOUT).map_err(failed)?.1);
@@ -89,6 +93,8 @@ fn settle(config: &Config, reader: &BaseConsumer, topic: &str, count: i32, stop:
             std::thread::sleep(STEP);
         }
     }
+    // Its threads take a tenth of a second to end, which nobody has to wait for.
+    std::thread::spawn(|| drop(all));
     Ok(())
 }
 

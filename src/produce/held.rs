@@ -101,7 +101,7 @@ impl Held {
         for name in &config.produce.sinks {
             let ours = chosen.contains(name);
             let (label, position) = if ours {
-                let Opened { sink, position } = open_sink(*name, config, &self.identity, &tables).await?;
+                let Opened { sink, position } = open_sink(*name, world, &self.identity, &tables).await?;
                 let label = sink.name();
                 outlets.sinks.push(sink);
                 (label, position)
@@ -115,6 +115,7 @@ impl Held {
             from = Some(from.map_or(at.resume, |lowest| lowest.min(at.resume)));
             have = if ours { Some(have.map_or(at, |lowest| lowest.min(at))) } else { have };
         }
+        outlets.sinks.sort_by_key(|sink| !sink.may_refuse());
         Ok((outlets, from.unwrap_or(confirmed), have.unwrap_or(Checkpoint::whole(Lsn(0)))))
     }
 
@@ -151,9 +152,10 @@ fn start_command(config: &config::Postgres, form: WireForm, messages: bool) -> S
     )
 }
 
-async fn open_sink(name: SinkName, config: &Arc<Config>, identity: &SlotIdentity, tables: &[String]) -> Result<Opened> {
+async fn open_sink(name: SinkName, world: &World, identity: &SlotIdentity, tables: &[String]) -> Result<Opened> {
+    let config = &world.config;
     match name {
-        SinkName::Kafka => sink::kafka::open(Arc::clone(config), identity, tables).await,
+        SinkName::Kafka => sink::kafka::open(Arc::clone(config), identity, tables, &world.stop).await,
         SinkName::Archive => sink::parquet::open(config, identity),
     }
 }

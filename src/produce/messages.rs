@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::event::Layout;
+use crate::event::{Event, Layout};
 use crate::lsn::{Lsn, Position};
 use crate::message::{self, Sent};
 use crate::sink::Sink;
@@ -87,21 +87,29 @@ impl Messages {
         self.waiting.is_empty()
     }
 
-    /// Gives all that wait to the sinks, in their order; says how many.
-    pub(super) fn push_waiting(&mut self, sinks: &mut [Box<dyn Sink>]) -> Result<u64> {
+    /// Gives all that wait to the sinks, in their order, with the row that they stand before; says how many waited.
+    pub(super) fn push_waiting(&mut self, row: Option<&Event<'_>>, sinks: &mut [Box<dyn Sink>]) -> Result<u64> {
+        self.push_before(row, sinks)?;
         self.bytes = 0;
-        let waiting = std::mem::take(&mut self.waiting);
-        waiting.iter().try_fold(0, |count, message| Ok(count + self.push(message.sent(), sinks)?))
+        Ok(std::mem::take(&mut self.waiting).len() as u64)
     }
 
-    /// Gives one to the sinks; says how many that were.
-    pub(super) fn push(&self, sent: Sent<'_>, sinks: &mut [Box<dyn Sink>]) -> Result<u64> {
-        let Some(layout) = &self.layout else {
-            return Err(Error::Fatal(format!("message {} before its layout", sent.lsn)));
-        };
-        let event = sent.event(layout);
-        sinks.iter_mut().try_for_each(|sink| sink.push(&event))?;
-        Ok(1)
+    fn push_before(&self, row: Option<&Event<'_>>, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
+        let waiting = self.waiting.iter().map(|message| self.event(message.sent())).collect::<Result<Vec<_>>>()?;
+        sinks.iter_mut().try_for_each(|sink| sink.push_together(&waiting, row))
+    }
+
+    /// Gives one that belongs to no transaction to the sinks.
+    pub(super) fn push(&self, sent: Sent<'_>, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
+        let event = self.event(sent)?;
+        sinks.iter_mut().try_for_each(|sink| sink.push(&event))
+    }
+
+    fn event<'a>(&'a self, sent: Sent<'a>) -> Result<Event<'a>> {
+        match &self.layout {
+            Some(layout) => Ok(sent.event(layout)),
+            None => Err(Error::Fatal(format!("message {} before its layout", sent.lsn))),
+        }
     }
 }
 

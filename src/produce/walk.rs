@@ -234,7 +234,8 @@ impl Walk {
         }
         let reached = until.and_then(|u| u.message(sent.lsn, self.resume));
         if reached.is_none() {
-            self.events += self.messages.push(sent, sinks)?;
+            self.messages.push(sent, sinks)?;
+            self.events += 1;
             self.reach(sent.lsn);
         }
         Ok(reached)
@@ -256,7 +257,7 @@ impl Walk {
                 return Ok(reached);
             }
         }
-        self.events += self.messages.push_waiting(sinks)?;
+        self.events += self.messages.push_waiting(None, sinks)?;
         (self.resume, self.last) = (self.resume.max(end_lsn), None);
         self.lag.committed(end_lsn, commit_ts);
         Ok(None)
@@ -349,9 +350,6 @@ impl Walk {
     }
 
     fn change(&mut self, change: &Change<'_>, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
-        if !self.messages.is_empty() {
-            self.events += self.messages.push_waiting(sinks)?;
-        }
         let Some(known) = self.layouts.get(&change.relation) else {
             return Err(Error::Fatal(format!(
                 "{}: a row of relation {} before its schema",
@@ -361,9 +359,14 @@ impl Walk {
         match &known.planned {
             Planned::Layout(layout) => {
                 let event = row::event(&mut self.enricher, &mut self.scratch, layout, change, self.keep_old)?;
-                sinks.iter_mut().try_for_each(|sink| sink.push(&event))?;
+                match self.messages.is_empty() {
+                    true => sinks.iter_mut().try_for_each(|sink| sink.push(&event))?,
+                    false => self.events += self.messages.push_waiting(Some(&event), sinks)?,
+                }
             }
-            Planned::Refused(_) if self.have.has(change.at) => {}
+            Planned::Refused(_) if self.have.has(change.at) => {
+                self.events += self.messages.push_waiting(None, sinks)?;
+            }
             Planned::Refused(refusal) => return Err(Error::Refused(refusal.clone())),
         }
         if let Some(lookup) = known.lookup {

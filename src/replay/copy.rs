@@ -17,8 +17,10 @@ use crate::sink::kafka::copy::{Copy, open};
 use crate::sink::{Opened, Sink};
 use crate::world::backoff;
 
-/// The sink hands over at least this often.
+/// The sink hands over after so many rows …
 const MARK_EVERY: u32 = 256;
+/// … or so many bytes: rows may be large.
+const MARK_BYTES: usize = 256 << 10;
 
 /// Sends the range into `topic`.
 ///
@@ -32,7 +34,7 @@ pub(super) async fn run(mut walk: Walk<'_>, topic: &str) -> Result<()> {
     let mut delays = backoff();
     loop {
         let opened = tokio::select! {
-            opened = world.at_start("kafka", || open(Arc::clone(&config), &copy)) => opened?,
+            opened = world.at_start("kafka", || open(Arc::clone(&config), &copy, &world.stop)) => opened?,
             () = world.stop.cancelled() => return Ok(()),
         };
         match send(&mut walk, opened).await {
@@ -90,14 +92,14 @@ async fn send(walk: &mut Walk<'_>, opened: Opened) -> Result<()> {
 async fn feed(walk: &mut Walk<'_>, sink: &mut dyn Sink, had: Option<Checkpoint>) -> Result<()> {
     let from = walk.range.from;
     let at = |position: Option<Position>| Checkpoint { resume: from, partial: position };
-    let (mut prepared, mut pushed, mut skipped) = (BTreeSet::new(), 0_u32, 0);
+    let (mut prepared, mut pushed, mut skipped) = (BTreeSet::new(), (0_u32, 0_usize), 0);
     let (mut last, mut is_message) = (had.and_then(|had| had.partial), false);
     while let Some(item) = walk.next()? {
         if had.is_some_and(|had| had.has(item.event.at)) {
             skipped += 1;
         }
-        if pushed >= MARK_EVERY && last < Some(item.event.at) {
-            pushed = 0;
+        if (pushed.0 >= MARK_EVERY || pushed.1 >= MARK_BYTES) && last < Some(item.event.at) {
+            pushed = (0, 0);
             sink.mark(at(last)).await?;
         }
         if prepared.insert(item.event.layout.generation) {
@@ -106,7 +108,7 @@ async fn feed(walk: &mut Walk<'_>, sink: &mut dyn Sink, had: Option<Checkpoint>)
         sink.push(&item.event)?;
         last = last.max(Some(item.event.at));
         is_message = matches!(item.event.op, Op::Message { .. });
-        pushed += 1;
+        pushed = (pushed.0 + 1, pushed.1 + item.json.len());
     }
     walk.tally.skipped = skipped;
     if walk.tally.stopped && is_message {

@@ -16,8 +16,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 use async_trait::async_trait;
-use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::message::{Header, Headers, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, Producer};
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::worker::Worker;
@@ -59,12 +60,17 @@ pub struct KafkaSink {
 }
 
 /// Fences the previous owner and reads the position. Call it only while the slot is held. `tables` are the published ones:
-/// each needs its topic before the first event of any is written.
+/// each needs its topic before the first event of any is written. `stop` breaks off the wait for transactions of others.
 ///
 /// # Errors
 /// [`Error::Refused`] for rights, absent topics or a foreign checkpoint; [`Error::Unreachable`] without a broker.
-pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String]) -> Result<Opened> {
-    let (c, id) = (Arc::clone(&config), identity.clone());
+pub async fn open(
+    config: Arc<Config>,
+    identity: &SlotIdentity,
+    tables: &[String],
+    stop: &CancellationToken,
+) -> Result<Opened> {
+    let (c, id, stop) = (Arc::clone(&config), identity.clone(), stop.clone());
     let known: BTreeSet<String> = tables.iter().map(|table| config.topic(table)).collect();
     let own = [config.checkpoint_topic(), config.dead_letter_topic()];
     let own = own.into_iter().take(if config.kafka.too_large == TooLarge::DeadLetter { 2 } else { 1 });
@@ -74,7 +80,7 @@ pub async fn open(config: Arc<Config>, identity: &SlotIdentity, tables: &[String
         let topics = kafka::topics_of(&c.kafka, producer.client(), kafka::TIMEOUT)?;
         needed.iter().try_for_each(|topic| require(&topics, topic))?;
         producer.init_transactions(kafka::TIMEOUT).map_err(|e| kafka::error(&c.kafka, &e))?;
-        let position = read_position(&c, &id)?;
+        let position = read_position(&c, &id, Some(&stop))?;
         Ok((producer, position))
     });
     let (producer, position) = blocking.await.map_err(|e| Error::fatal("opening the Kafka sink", e))??;
@@ -94,7 +100,7 @@ pub async fn peek(config: Arc<Config>, identity: &SlotIdentity) -> Result<Option
     let id = identity.clone();
     tokio::task::spawn_blocking(move || {
         require(&kafka::topics(&config.kafka, kafka::TIMEOUT)?, &config.checkpoint_topic())?;
-        Ok(read_position(&config, &id)?.map(Stored))
+        Ok(read_position(&config, &id, None)?.map(Stored))
     })
     .await
     .map_err(|e| Error::fatal("reading the Kafka sink's position", e))?
@@ -123,14 +129,22 @@ impl Sink for KafkaSink {
     }
 
     fn push(&mut self, event: &Event<'_>) -> Result<()> {
-        if self.start.has(event.at) {
-            return Ok(());
+        self.push_together(&[], Some(event))
+    }
+
+    fn push_together(&mut self, messages: &[Event<'_>], row: Option<&Event<'_>>) -> Result<()> {
+        let before = (self.records.bytes.len(), self.records.list.len());
+        let taken = messages.iter().try_for_each(|event| self.take_event(event));
+        let taken = taken.and_then(|()| row.map_or(Ok(()), |event| self.take_event(event)));
+        if taken.is_err() {
+            self.records.bytes.truncate(before.0);
+            self.records.list.truncate(before.1);
         }
-        if self.envelope.is_some() && event.is_key_changed() && event.layout.is_keyed_by_row() {
-            self.take(event, Part::Gone)?;
-            return self.take(event, Part::Come);
-        }
-        self.take(event, Part::Whole)
+        taken
+    }
+
+    fn may_refuse(&self) -> bool {
+        true
     }
 
     async fn mark(&mut self, checkpoint: Checkpoint) -> Result<()> {
@@ -197,6 +211,18 @@ impl KafkaSink {
         Ok(Self { config, worker, start, topics, known, records, spent, limit, envelope })
     }
 
+    /// Encodes an event, unless it is in already.
+    fn take_event(&mut self, event: &Event<'_>) -> Result<()> {
+        if self.start.has(event.at) {
+            return Ok(());
+        }
+        if self.envelope.is_some() && event.is_key_changed() && event.layout.is_keyed_by_row() {
+            self.take(event, Part::Gone)?;
+            return self.take(event, Part::Come);
+        }
+        self.take(event, Part::Whole)
+    }
+
     /// Encodes an event, or one part of it, with what follows it for compacted topics.
     fn take(&mut self, event: &Event<'_>, part: Part) -> Result<()> {
         let failed = |e| Error::fatal(format_args!("event {} of table {}", event.at, event.layout.table), e);
@@ -212,8 +238,10 @@ impl KafkaSink {
             Some(envelope) => envelope.write(event, part, &mut self.records.bytes),
         };
         written.map_err(failed)?;
-        if self.records.bytes.len() - begin > self.limit.bytes {
-            return self.too_large(event, part, begin, start);
+        let headers = self.headers(event, part).map_err(failed)?;
+        let size = self.records.bytes.len() - begin + headers.as_ref().map_or(0, header_bytes);
+        if size > self.limit.bytes {
+            return self.too_large(event, part, begin, start, size);
         }
         let mut record = Record {
             topic: index(event.layout),
@@ -221,7 +249,7 @@ impl KafkaSink {
             value: Some(start..self.records.bytes.len()),
             timestamp: timestamp(event),
             partition: (event.op == Op::Truncate).then_some(0),
-            headers: self.headers(event, part).map_err(failed)?,
+            headers,
         };
         if !self.config.kafka.tombstones {
             self.records.list.push(record);
@@ -275,8 +303,8 @@ impl KafkaSink {
     }
 
     /// Takes the body back of an event that is too large; by policy a note stands in its place.
-    fn too_large(&mut self, event: &Event<'_>, part: Part, begin: usize, start: usize) -> Result<()> {
-        let (found, body) = (self.records.bytes.len() - begin, self.records.bytes.len() - start);
+    fn too_large(&mut self, event: &Event<'_>, part: Part, begin: usize, start: usize, found: usize) -> Result<()> {
+        let body = self.records.bytes.len() - start;
         let topic = &self.topics[index(event.layout)];
         if self.limit.policy == TooLarge::Stop {
             return Err(self.limit.refusal(event, found, topic));
@@ -309,6 +337,11 @@ impl KafkaSink {
         let piece = Piece { records, topics: Arc::clone(&self.topics), checkpoint, now };
         self.worker.send(piece, size).await
     }
+}
+
+/// What headers take of a record, with the lengths of each.
+fn header_bytes(headers: &OwnedHeaders) -> usize {
+    headers.iter().map(|header| header.key.len() + header.value.map_or(0, <[u8]>::len) + 10).sum()
 }
 
 /// CloudEvents 1.0, Kafka binary content mode.

@@ -64,6 +64,21 @@ pub trait Sink: Send {
     /// [`crate::error::Error::Fatal`] for a value that cannot be written.
     fn push(&mut self, event: &Event<'_>) -> Result<()>;
 
+    /// Takes messages and the row that they stand before: a position has all of them or none.
+    ///
+    /// # Errors
+    /// As [`Sink::push`].
+    fn push_together(&mut self, messages: &[Event<'_>], row: Option<&Event<'_>>) -> Result<()> {
+        messages.iter().try_for_each(|event| self.push(event))?;
+        row.map_or(Ok(()), |event| self.push(event))
+    }
+
+    /// Whether it may refuse an event ([`crate::error::Error::Refused`]); it is then as it was before. Such a sink is asked before
+    /// the others: of what one has taken and another has refused no position could tell.
+    fn may_refuse(&self) -> bool {
+        false
+    }
+
     /// Everything up to `checkpoint` has been pushed. The sink hands over, commits or seals what is due, and waits
     /// while its queue is full.
     async fn mark(&mut self, checkpoint: Checkpoint) -> Result<()>;

@@ -3,6 +3,7 @@
 //! Protocol: "Message Flow" and "Streaming Replication Protocol" of the Postgres manual.
 
 use std::fmt;
+use std::time::Duration;
 
 use pgwire_replication::PgWireError;
 use pgwire_replication::protocol::framing::{
@@ -11,6 +12,7 @@ use pgwire_replication::protocol::framing::{
 use pgwire_replication::protocol::messages::{ErrorFields, auth, parse_auth_request};
 use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
+use tokio::io::AsyncWriteExt;
 
 use super::conn::{Conninfo, Login, Session, Stream, is_transient};
 use crate::error::{Error, Result};
@@ -18,6 +20,10 @@ use crate::lsn::Lsn;
 
 /// Protocol version 3.0.
 const PROTOCOL: i32 = 196_608;
+/// The message Terminate.
+const TERMINATE: &[u8] = b"X\0\0\0\x04";
+/// How long the server may take to end a session.
+const END: Duration = Duration::from_secs(5);
 
 /// A replication connection that waits for a command.
 ///
@@ -126,6 +132,17 @@ impl Wire {
     /// The server's version, as `server_version` has it.
     pub fn server_version(&self) -> &str {
         &self.server_version
+    }
+
+    /// Ends the session, and waits until the server has: it is no connection any more, and its temporary slots are gone.
+    pub async fn end(mut self) {
+        let goodbye = async {
+            self.stream.write_all(TERMINATE).await?;
+            self.stream.flush().await
+        };
+        if goodbye.await.is_ok() {
+            let _ = tokio::time::timeout(END, async { while self.read().await.is_ok() {} }).await;
+        }
     }
 
     async fn send(&mut self, sql: &str) -> Result<(), WireError> {

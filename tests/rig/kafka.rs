@@ -114,7 +114,7 @@ pub async fn open_transaction(config: &Config, topic: &str, partitions: i32) -> 
         producer.init_transactions(DEADLINE).unwrap();
         producer.begin_transaction().unwrap();
         for partition in 0..partitions {
-            let record = BaseRecord::<str, str>::to(&topic).partition(partition).payload("never committed");
+            let record = BaseRecord::to(&topic).partition(partition).key("open").payload("never committed");
             producer.send(record).map_err(|(e, _)| e).unwrap();
         }
         producer.flush(DEADLINE).unwrap();

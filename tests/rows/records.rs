@@ -244,3 +244,50 @@ async fn memory_does_not_grow_with_the_number_of_large_rows() {
     assert_eq!(archive::table(&p.archive(), "big").iter().map(|b| b.num_rows()).sum::<usize>(), 40);
     assert!(peak < 300 << 20, "{} MB", peak >> 20);
 }
+
+/// An event that Kafka refuses leaves nothing of its position in any sink: neither the messages that stand before its row nor
+/// the row in the archive. What stands before it is stored once.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_in_the_middle_of_a_transaction_is_in_no_sink_and_comes_once() {
+    let mut p = Pipeline::bare(Servers::shared(), "refused").await;
+    p.set("FALAJ_PRODUCE__MESSAGES", "true");
+    p.set("FALAJ_PRODUCE__SINKS", "archive,kafka");
+    p.run("CREATE TABLE big (id int PRIMARY KEY, body text); CREATE PUBLICATION falaj FOR TABLE big").await;
+    p.init().await;
+    let large = "repeat('é', 700000)";
+    p.run(&format!(
+        "BEGIN; SELECT pg_logical_emit_message(true, 'm', 'one'); INSERT INTO big VALUES (1, 'small');
+         SELECT pg_logical_emit_message(true, 'm', 'two'), pg_logical_emit_message(true, 'm', 'three');
+         INSERT INTO big VALUES (2, {large}); COMMIT;
+         BEGIN; INSERT INTO big VALUES (3, {large}); COMMIT;
+         BEGIN; INSERT INTO big VALUES (4, 'small'); SELECT pg_logical_emit_message(true, 'm', 'four');
+         SELECT pg_logical_emit_message(true, 'm', {large}); COMMIT"
+    ))
+    .await;
+    let lsn = p.lsn().await.to_string();
+    let until = ["produce", "--until-lsn", &lsn];
+    let refused = p.start(&until).end().await;
+    assert!(refused.code == Some(78) && refused.log.contains("kafka_too_large"), "{refused:?}");
+    let bodies = |values: Vec<String>, name: &str| -> Vec<String> {
+        let of = |value: &String| serde_json::from_str::<Value>(value).unwrap()[name].to_string();
+        values.iter().map(of).map(|text| text.chars().take(9).collect()).collect()
+    };
+    // What stands before it is stored, and the messages before the refused row are not.
+    assert_eq!(bodies(p.values("big").await, "id"), ["1"]);
+    assert_eq!(bodies(p.values("_message").await, "content"), ["\"one\""]);
+    assert_eq!((p.rows("big").len(), p.rows("_message").len()), (1, 1));
+    for _ in 0..2 {
+        let again = p.start(&until).end().await;
+        assert!(again.code == Some(78) && again.log.contains("kafka_too_large"), "{again:?}");
+    }
+    p.set("FALAJ_KAFKA__TOO_LARGE", "dead_letter");
+    p.start(&["init", "--yes"]).ends_well().await;
+    p.start(&until).ends_well().await;
+    assert_eq!(bodies(p.values("big").await, "id"), ["1", "4"]);
+    assert_eq!(bodies(p.rows("big"), "id"), ["1", "2", "3", "4"]);
+    let small = ["\"one\"", "\"two\"", "\"three\"", "\"four\""];
+    assert_eq!(bodies(p.values("_message").await, "content"), small);
+    assert_eq!(bodies(p.rows("_message"), "content"), [&small[..], &["\"éééééééé"]].concat());
+    let notes = kafka::records(&p.config, &p.config.dead_letter_topic()).await;
+    assert_eq!(notes.len(), 3);
+}

@@ -12,6 +12,7 @@ use rdkafka::admin::AdminClient;
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::Producer;
+use tokio_util::sync::CancellationToken;
 
 use super::commit::producer;
 use super::position::{CheckpointRecord, CopyOf, progress, read_record, require};
@@ -41,12 +42,13 @@ pub struct Copy {
     pub tables: Vec<String>,
 }
 
-/// Opens the sink. `config` has the new topic's name as `kafka.topic`. Topics that are absent are made.
+/// Opens the sink. `config` has the new topic's name as `kafka.topic`. Topics that are absent are made. `stop` breaks off the
+/// wait for transactions of others.
 ///
 /// # Errors
 /// [`Error::Refused`] for a topic that holds something else, for rights, or without a checkpoint topic;
 /// [`Error::Unreachable`] without a broker.
-pub async fn open(config: Arc<Config>, copy: &Copy) -> Result<Opened> {
+pub async fn open(config: Arc<Config>, copy: &Copy, stop: &CancellationToken) -> Result<Opened> {
     require_flat(&config)?;
     let topics: BTreeSet<String> = copy.tables.iter().map(|table| config.topic(table)).collect();
     let existing = on_thread(&config, |config| kafka::topics(&config.kafka, kafka::TIMEOUT)).await?;
@@ -58,12 +60,12 @@ pub async fn open(config: Arc<Config>, copy: &Copy) -> Result<Opened> {
     let (key, wanted) = (format!("replay:{}", copy.name), topics.clone());
     let (identity, from, to) = (copy.identity.clone(), copy.from, copy.to);
     let id = format!("replay.{}", copy.name);
-    let record_key = key.clone();
+    let (record_key, stop) = (key.clone(), stop.clone());
     let (producer, position, of) = on_thread(&config, move |config| {
         let producer = producer(config, &id)?;
         producer.init_transactions(kafka::TIMEOUT).map_err(|e| kafka::error(&config.kafka, &e))?;
         let of = CopyOf { from, topics: ids(config, &wanted)? };
-        let record = read_record(config, &identity, &record_key)?;
+        let record = read_record(config, &identity, &record_key, Some(&stop))?;
         let position = place(config, record, &of, to)?;
         Ok((producer, position, of))
     })

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use rdkafka::consumer::Consumer;
 use rdkafka::producer::{BaseProducer, Producer};
+use tokio_util::sync::CancellationToken;
 
 use super::commit::{Progress, producer};
 use super::position::{consumer, require, scan};
@@ -13,7 +14,7 @@ use super::reports::Reports;
 use super::{KafkaSink, require_room};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::kafka;
+use crate::kafka::{self, settle};
 use crate::lsn::{Checkpoint, Lsn};
 use crate::sink::Sink;
 
@@ -61,14 +62,22 @@ pub fn open_history(
     Ok(Box::new(KafkaSink::start(Arc::clone(config), lane.producer, progress, start, lane.known)?))
 }
 
-/// The newest record of every key that begins with `prefix`. Read it when all lanes are fenced.
+/// The newest record of every key that begins with `prefix`. Who goes on from there reads it when all lanes are fenced, and
+/// says by `settled` that it is waited for transactions that others have left open, and what breaks the wait off.
 ///
 /// # Errors
 /// As [`fence`].
-pub async fn read_history(config: &Arc<Config>, prefix: String) -> Result<BTreeMap<String, Vec<u8>>> {
-    let config = Arc::clone(config);
+pub async fn read_history(
+    config: &Arc<Config>,
+    prefix: String,
+    settled: Option<&CancellationToken>,
+) -> Result<BTreeMap<String, Vec<u8>>> {
+    let (config, settled) = (Arc::clone(config), settled.cloned());
     blocking(move || {
         let (consumer, topic) = (consumer(&config)?, config.checkpoint_topic());
+        if let Some(stop) = &settled {
+            settle(&config, &consumer, &topic, 1, stop)?;
+        }
         let (low, _) =
             consumer.fetch_watermarks(&topic, 0, kafka::TIMEOUT).map_err(|e| kafka::error(&config.kafka, &e))?;
         let mut found = BTreeMap::new();

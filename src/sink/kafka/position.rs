@@ -8,12 +8,13 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::Message;
 use rdkafka::{Offset, TopicPartitionList};
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 
 use super::commit::Progress;
 use crate::config::{Config, Kafka};
 use crate::error::{Error, Result};
 use crate::event::Layout;
-use crate::kafka::{TIMEOUT, client, error, no_topic};
+use crate::kafka::{TIMEOUT, client, error, no_topic, settle};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
 
 /// Value of a checkpoint record; its key is the slot's name.
@@ -83,14 +84,29 @@ pub(super) fn require_table(
     ))
 }
 
-/// The last checkpoint record of this slot.
-pub(super) fn read_position(config: &Config, identity: &SlotIdentity) -> Result<Option<Checkpoint>> {
-    Ok(read_record(config, identity, &identity.slot)?.map(|record| record.checkpoint()))
+/// The last checkpoint record of this slot; `settled` as in [`read_record`].
+pub(super) fn read_position(
+    config: &Config,
+    identity: &SlotIdentity,
+    settled: Option<&CancellationToken>,
+) -> Result<Option<Checkpoint>> {
+    Ok(read_record(config, identity, &identity.slot, settled)?.map(|record| record.checkpoint()))
 }
 
 /// The last record under a key; it has to be of the stream.
-pub(super) fn read_record(config: &Config, identity: &SlotIdentity, key: &str) -> Result<Option<CheckpointRecord>> {
+///
+/// Behind a transaction that somebody else has left open (the lane of a killed backfill, say) no reader sees anything. Who is
+/// to write from this position on says by `settled` that it is waited for, and what breaks the wait off.
+pub(super) fn read_record(
+    config: &Config,
+    identity: &SlotIdentity,
+    key: &str,
+    settled: Option<&CancellationToken>,
+) -> Result<Option<CheckpointRecord>> {
     let consumer = consumer(config)?;
+    if let Some(stop) = settled {
+        settle(config, &consumer, &config.checkpoint_topic(), 1, stop)?;
+    }
     let record = newest(config, &consumer, identity, key)?;
     // Its threads take a tenth of a second to end, which nobody has to wait for.
     std::thread::spawn(|| drop(consumer));
