@@ -29,6 +29,10 @@ pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 /// How long one attempt at one host may take, unless `connect_timeout` says otherwise.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long what we have sent may stay unanswered: a host that is gone does not say so, and while something is on its way to it,
+/// as the stream's heartbeat always is, Linux asks for no sign of life and waits for a quarter of an hour.
+const USER_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Where `~/.pgpass` and Debian's servers take the socket to be.
 const SOCKET_DIR: &str = "/var/run/postgresql";
 
@@ -358,7 +362,11 @@ fn tcp(settings: &Settings) -> Result<Tcp> {
         idle: seconds("keepalives_idle", 30)?,
         interval: seconds("keepalives_interval", 10)?,
         count: settings.number("keepalives_count")?.and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0).unwrap_or(6),
-        user_timeout: settings.number("tcp_user_timeout")?.filter(|n| *n > 0).map(Duration::from_millis),
+        user_timeout: match settings.number("tcp_user_timeout")? {
+            None => Some(USER_TIMEOUT),
+            Some(0) => None,
+            Some(millis) => Some(Duration::from_millis(millis)),
+        },
     })
 }
 

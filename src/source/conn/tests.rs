@@ -34,6 +34,14 @@ fn pg_variables_come_before_the_built_in_url_and_after_a_chosen_one() {
 }
 
 #[test]
+fn a_host_that_does_not_answer_is_given_up_unless_the_system_is_to_decide() {
+    let limit = |url: &str| gather(url, &[]).unwrap().tcp.user_timeout;
+    assert_eq!(limit("host=h user=u"), Some(Duration::from_secs(60)));
+    assert_eq!(limit("host=h user=u tcp_user_timeout=1500"), Some(Duration::from_millis(1500)));
+    assert_eq!(limit("host=h user=u tcp_user_timeout=0"), None);
+}
+
+#[test]
 fn connection_strings_read_as_libpq_reads_them() {
     let cases = [
         ("postgres://postgres@127.0.0.1:5432/postgres", "postgres - @ 127.0.0.1:5432 / postgres"),
