@@ -286,6 +286,25 @@ async fn init_snapshot_has_each_row_once_as_read_or_as_inserted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn init_snapshot_that_is_killed_goes_on_and_folds_to_the_source() {
+    let rows = 40_000;
+    let mut p = with_items("bsnapkill", rows, KEYED).await;
+    p.set("FALAJ_PRODUCE__TRANSACTION_BYTES", "64KiB");
+    p.set("FALAJ_ARCHIVE__SEAL_BYTES", "32KiB");
+    let (args, checkpoints) = (["init", "--yes", "--snapshot"], [p.config.checkpoint_topic()]);
+    let begun = async || kafka::ends(&p.config, &checkpoints).await.first().is_some_and(|end| *end > 6);
+    p.start(&args).killed_midway(begun).await;
+    p.run("INSERT INTO item VALUES (40001, 0, 'new'); UPDATE item SET v = 1 WHERE id % 1000 = 0; DELETE FROM item WHERE id = 7").await;
+    let told = p.start(&args).ends_well().await;
+    assert!(told.ends_with("done\n"), "{told}");
+    p.produce().await;
+    let expected = source(&p).await;
+    assert_eq!(expected.len(), 40_000);
+    assert_eq!(fold(p.values("item").await), expected);
+    assert_eq!(fold(p.rows("item")), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn init_snapshot_of_a_slot_that_exists_is_refused() {
     let p = with_items("bsnaplate", 10, KEYED).await;
     p.init().await;

@@ -190,18 +190,31 @@ async fn a_removed_a_doubled_and_a_changed_row_of_bigquery_are_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_count_of_the_board_that_is_wrong_is_named() {
+async fn what_is_wrong_on_the_board_is_named() {
     let p = twenty("verify_board").await;
     p.start(&["consume", "--sinks", "redis", "--until-end"]).ends_well().await;
     let (code, report) = verify(&p, &[]).await;
     assert_eq!((code, &report["board"]["equal"]), (Some(0), &Value::Bool(true)), "{report}");
     assert_eq!((&report["board"]["board_events"], &report["board"]["kafka_events"]), (&20.into(), &20.into()));
-    by_hand::break_board(&p.config).await;
-    let (code, report) = verify(&p, &[]).await;
-    assert_eq!((code, differing(&report)), (Some(1), vec![]), "{report}");
-    assert_eq!(
-        report["board"]["differences"],
-        serde_json::json!([format!("{CONTENT}: 21 events, 210 ms; by Kafka {CONTENT}: 20 events, 210 ms")])
+    // A count and a sum that are wrong, a content and a device that are gone.
+    let expected = format!("by Kafka {CONTENT}: 20 events, 210 ms");
+    for (kind, command, score, found) in [
+        ("events", "ZINCRBY", Some(1), "21 events, 210 ms"),
+        ("millis", "ZINCRBY", Some(5), "21 events, 215 ms"),
+        ("events", "ZREM", None, "0 events, 215 ms"),
+        ("millis", "ZREM", None, "0 events, 0 ms"),
+    ] {
+        by_hand::edit_board(&p.config, kind, command, score).await;
+        let (code, report) = verify(&p, &[]).await;
+        assert_eq!((code, differing(&report)), (Some(1), vec![]), "{report}");
+        assert_eq!(report["board"]["differences"], serde_json::json!([format!("{CONTENT}: {found}; {expected}")]));
+    }
+    by_hand::edit_board(&p.config, "devices", "ZREM", None).await;
+    let (_, report) = verify(&p, &[]).await;
+    let told = report["board"]["differences"][1].as_str().unwrap();
+    assert!(
+        told.starts_with("device web‑safari: 0 events, ") && told.contains("by Kafka device web‑safari: 20 events, "),
+        "{told}"
     );
 }
 

@@ -39,8 +39,11 @@ async fn a_replay_into_a_new_topic_is_exact_and_survives_sigkill() {
         assert!(id(&pair[0].value) < id(&pair[1].value), "order: {pair:?}");
     }
     assert!(content(records) == all, "the topic differs");
-    // Again: everything is there.
-    replayed(&p, &flags).await;
+    // Again: everything is there, and that is said.
+    let again = replay(&p, &flags).await;
+    let told = format!("to topic {topic}: {rows} rows, ", rows = all.len());
+    let before = format!(" bytes, {} of them were there before, in ", all.len());
+    assert!(again.code == Some(0) && again.log.contains(&told) && again.log.contains(&before), "{}", again.log);
     assert!(content(kafka::records(&p.config, &topic).await) == all, "doubled");
     // One topic a table, and a part.
     let (to, each) = (lsn(&all[all.len() / 2].1), format!("{}.part.{{table}}", p.name));

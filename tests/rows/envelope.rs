@@ -137,6 +137,20 @@ async fn the_debezium_envelope_is_as_documented() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_copied_row_in_the_debezium_envelope_is_one_of_a_snapshot() {
+    let mut p = pipeline("debezium_read").await;
+    p.set("FALAJ_KAFKA__ENVELOPE", "debezium");
+    p.run("INSERT INTO customers (first_name) VALUES ('Anne')").await;
+    p.start(&["backfill", "customers"]).ends_well().await;
+    let found = records(&p, "customers").await;
+    let after = json!({"id": 1, "first_name": "Anne", "bio": null});
+    let mut expected = row(&p, ("public", "customers"), &found[0].1, "r", Value::Null, after);
+    expected["source"]["snapshot"] = json!(true);
+    expected["source"]["txId"] = Value::Null;
+    assert_eq!(found, [("1".to_owned(), expected)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn consume_does_not_take_the_debezium_envelope_for_its_own() {
     let mut p = pipeline("debeziumread").await;
     p.set("FALAJ_KAFKA__ENVELOPE", "debezium");

@@ -9,12 +9,17 @@ use falaj::sink::columns::{data_type, own_columns};
 use falaj::upload::columns::fields;
 use falaj::value::write_json;
 
-use super::samples::{NUMBERS_TEXT_AND_TIMES, OTHERS, Sample, WITHOUT_INPUT, XML};
+use super::database;
+use super::samples::{
+    EXTENSIONS, NUMBERS_TEXT_AND_TIMES, OTHERS, Sample, USER_LIKE_BUILT_IN, USER_OTHERS, USER_TYPES, WITHOUT_INPUT, XML,
+};
 use crate::rig::{Pipeline, Servers};
 
 const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/types.md");
 const BEGIN: &str = "<!-- written by tests/types/document.rs: begin -->\n";
 const END: &str = "<!-- written by tests/types/document.rs: end -->\n";
+const BEGIN_OF_USERS: &str = "<!-- written by tests/types/document.rs, of a server with the extensions: begin -->\n";
+const HEAD: &str = "| type | Postgres's text | JSON | Parquet | BigQuery |\n|---|---|---|---|---|\n";
 
 /// The type as falaj knows it from its oid and modifier.
 fn known(sample: &Sample) -> Type {
@@ -70,14 +75,14 @@ fn row(out: &mut String, name: &str, ty: Type, text: &str) {
 }
 
 fn tables() -> String {
-    let mut out = String::from("| type | Postgres's text | JSON | Parquet | BigQuery |\n|---|---|---|---|---|\n");
+    let mut out = HEAD.to_owned();
     for sample in NUMBERS_TEXT_AND_TIMES.iter().chain(OTHERS).chain([&XML]).filter(|s| !s.sql.ends_with("[]")) {
         // Money's example depends on the server's setting.
         let text = if sample.sql == "money" { "$1,234.50" } else { sample.values[0] };
         row(&mut out, sample.sql, known(sample), text);
     }
-    out +=
-        "\nArrays, of any of them:\n\n| type | Postgres's text | JSON | Parquet | BigQuery |\n|---|---|---|---|---|\n";
+    out += "\nArrays, of any of them:\n\n";
+    out += HEAD;
     for (name, text) in [
         ("bool[]", "{t,NULL,f}"),
         ("int4[]", "{{1,NULL},{3,4}}"),
@@ -99,19 +104,45 @@ fn tables() -> String {
     out
 }
 
-#[test]
-fn the_table_of_types_is_what_the_code_does() {
+/// Compares what stands behind `begin`, or writes it anew.
+fn assert_written(begin: &str, tables: &str) {
     let document = std::fs::read_to_string(PATH).unwrap();
-    let (head, rest) = document.split_once(BEGIN).expect("a begin mark");
+    let (head, rest) = document.split_once(begin).expect("a begin mark");
     let (found, tail) = rest.split_once(END).expect("an end mark");
-    let wanted = format!("\n{}\n", tables());
+    let wanted = format!("\n{tables}\n");
     if std::env::var_os("FALAJ_WRITE_DOCS").is_some() {
-        std::fs::write(PATH, format!("{head}{BEGIN}{wanted}{END}{tail}")).unwrap();
+        std::fs::write(PATH, format!("{head}{begin}{wanted}{END}{tail}")).unwrap();
         return;
     }
     let differs = |(found, wanted): &(&str, &str)| found != wanted;
     let first = found.lines().zip(wanted.lines()).find(differs);
-    assert!(found == wanted, "FALAJ_WRITE_DOCS=1 cargo test --test it the_table_of_types writes it anew; {first:?}");
+    assert!(found == wanted, "FALAJ_WRITE_DOCS=1 dev/test --test it -- the_table_of writes it anew; {first:?}");
+}
+
+#[test]
+fn the_table_of_types_is_what_the_code_does() {
+    assert_written(BEGIN, &tables());
+}
+
+/// The user's types as falaj finds them in the catalogue. Where a server lacks the extensions, theirs are not looked at.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_table_of_user_types_is_what_the_code_does() {
+    let (p, extended) = database("usertypes").await;
+    let samples = [USER_LIKE_BUILT_IN, USER_OTHERS, if extended { EXTENSIONS } else { &[] }].concat();
+    let columns: Vec<_> = samples.iter().enumerate().map(|(n, sample)| format!("c{n} {}", sample.sql)).collect();
+    p.run(&format!("CREATE TABLE every ({}); CREATE PUBLICATION falaj FOR TABLE every", columns.join(", "))).await;
+    let published = falaj::source::catalog::published(&p.sql, "falaj").await.unwrap();
+    let types = published[0].relation.columns.iter().map(falaj::schema::Column::ty);
+    let mut out =
+        format!("```sql\n{}```\n\n{HEAD}", USER_TYPES.trim_start_matches('\n').replace("\n    ", "\n").trim_start());
+    for (sample, ty) in samples.iter().zip(types) {
+        row(&mut out, sample.sql, ty, sample.values[0]);
+    }
+    if extended {
+        return assert_written(BEGIN_OF_USERS, &out);
+    }
+    let document = std::fs::read_to_string(PATH).unwrap();
+    assert!(document.contains(&out), "{out}");
 }
 
 #[test]

@@ -48,14 +48,20 @@ fn changed(row: &RecordBatch) -> RecordBatch {
     RecordBatch::try_new(row.schema(), columns).unwrap()
 }
 
-/// Counts one event more of one content.
-pub async fn break_board(config: &Config) {
+/// Runs `command KEY [score] member` on the board's set of a kind (`events`, `millis`, `devices`, …) of its one bucket; the member is
+/// the only one in it.
+pub async fn edit_board(config: &Config, kind: &str, command: &str, score: Option<i64>) {
     let client = redis::Client::open(config.redis.url.as_str()).unwrap();
     let mut connection = client.get_multiplexed_async_connection().await.unwrap();
-    let pattern = format!("{{falaj:{}}}:*:events", config.pipeline);
+    let pattern = format!("{{falaj:{}}}:*:{kind}", config.pipeline);
     let keys: Vec<String> = redis::cmd("KEYS").arg(pattern).query_async(&mut connection).await.unwrap();
-    let contents: Vec<String> =
+    let members: Vec<String> =
         redis::cmd("ZRANGE").arg(&keys[0]).arg(0).arg(-1).query_async(&mut connection).await.unwrap();
-    let add = redis::cmd("ZINCRBY").arg(&keys[0]).arg(1).arg(&contents[0]).to_owned();
-    let _: String = add.query_async(&mut connection).await.unwrap();
+    assert_eq!((keys.len(), members.len()), (1, 1), "{keys:?} {members:?}");
+    let mut edit = redis::cmd(command);
+    edit.arg(&keys[0]);
+    score.iter().for_each(|score| {
+        edit.arg(*score);
+    });
+    let _: redis::Value = edit.arg(&members[0]).query_async(&mut connection).await.unwrap();
 }
