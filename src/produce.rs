@@ -70,6 +70,8 @@ pub async fn run(world: &World, args: &cli::Produce) -> Result<()> {
                 world.health.ok("replication");
                 run_session(world, session, until.as_mut()).await
             }
+            // Nothing has been written: there is nothing to drain.
+            Err(_) if world.stop.is_cancelled() => return Ok(()),
             Err(error) => Err(error),
         };
         let error = match outcome {

@@ -354,6 +354,9 @@ async fn a_position_behind_an_open_transaction_is_waited_for() {
     running.kill();
     let mut next = p.start(&["produce"]);
     next.says("waiting for open transactions").await;
+    next.drains().await;
+    let mut next = p.start(&["produce"]);
+    next.says("waiting for open transactions").await;
     insert().await;
     tokio::task::spawn_blocking(move || open.abort_transaction(DEADLINE).unwrap()).await.unwrap();
     kafka_has(300).await;
