@@ -18,6 +18,15 @@ use crate::error::{Error, Result};
 pub use committed::{read_committed, settle};
 pub use topic_id::topic_id;
 
+/// `transaction.timeout.ms` where nothing else is set.
+pub const TRANSACTION_TIMEOUT: &str = "60000";
+
+/// How long the broker leaves a transaction open. A setting that is no number is refused by librdkafka.
+pub fn transaction_timeout(config: &Kafka) -> Duration {
+    let timeout = config.client.get("transaction.timeout.ms").map_or(TRANSACTION_TIMEOUT, String::as_str);
+    Duration::from_millis(timeout.parse().unwrap_or_default())
+}
+
 /// How long a metadata or admin request may take.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two looks at whether a broker names a new topic.

@@ -121,7 +121,7 @@ fn choose(configured: &[SinkName], flag: Option<&[SinkName]>) -> Result<Vec<Sink
 pub async fn positions(config: &Arc<Config>, identity: &SlotIdentity) -> Result<Vec<(&'static str, Option<Stored>)>> {
     let mut found = Vec::new();
     for name in &config.produce.sinks {
-        found.push(held::peek(*name, config, identity).await?);
+        found.push(held::peek(*name, config, identity, None).await?);
     }
     Ok(found)
 }

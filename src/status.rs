@@ -178,7 +178,7 @@ async fn sink(world: &World, name: SinkName, identity: &Part<SlotIdentity>) -> S
     };
     let peek = async {
         let stored = match name {
-            SinkName::Kafka => sink::kafka::peek(world.config.clone(), identity).await?,
+            SinkName::Kafka => sink::kafka::peek(world.config.clone(), identity, None).await?,
             SinkName::Archive => sink::parquet::peek(&world.config, identity)?,
         };
         let at = stored.map(Stored::checkpoint);

@@ -184,7 +184,9 @@ async fn position(
     loop {
         let stored = match name {
             SinkName::Kafka => {
-                world.at_start("kafka", || sink::kafka::peek(Arc::clone(&world.config), identity)).await?
+                world
+                    .at_start("kafka", || sink::kafka::peek(Arc::clone(&world.config), identity, Some(&world.stop)))
+                    .await?
             }
             SinkName::Archive => sink::parquet::peek(&world.config, identity)?,
         };

@@ -353,10 +353,24 @@ async fn values_of_every_kind_toast_keys_and_tables_without_a_key_compare_equal(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_whose_place_has_changed_is_still_the_key() {
     let p = Pipeline::bare(Servers::shared(), "verify_place").await;
-    p.run("CREATE TABLE t (gone text, id int PRIMARY KEY, v text); CREATE PUBLICATION falaj FOR TABLE t").await;
+    p.run(
+        "CREATE TYPE mood AS ENUM ('sad', 'so so', 'glad'); CREATE DOMAIN number AS int;
+         CREATE TABLE t (gone text, id int PRIMARY KEY, v text); CREATE TABLE own (m mood, n number, v text, PRIMARY KEY (n, m));
+         CREATE PUBLICATION falaj FOR TABLE t, own",
+    )
+    .await;
     p.init().await;
     p.run("INSERT INTO t SELECT 'x', g, 'v' FROM generate_series(1, 5) AS g").await;
+    p.run("INSERT INTO own VALUES ('sad', 1, 'v'), ('glad', 1, 'v'), ('so so', 2, 'v')").await;
     p.produce().await;
+    // Types of the user's own look like others, in the stream as in the catalogue.
+    p.run("UPDATE own SET v = 'w' WHERE m = 'glad'").await;
+    let (code, report) = verify(&p, &[]).await;
+    assert_eq!((code, differing(&report)), (Some(0), vec![]), "{report}");
+    for sink in ["kafka", "archive"] {
+        let found = table(&report, sink, "own");
+        assert_eq!((&found["changed_since"], &found["sink"]["rows"]), (&1.into(), &2.into()), "{sink}: {report}");
+    }
     p.run("UPDATE t SET v = 'w' WHERE id = 2; ALTER TABLE t DROP COLUMN gone, ADD COLUMN new text; DELETE FROM t WHERE id = 3")
         .await;
     let (code, report) = verify(&p, &[]).await;

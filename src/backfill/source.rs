@@ -170,16 +170,16 @@ impl Source {
         Ok(row.map_err(|e| failed(&e))?.get(0))
     }
 
-    /// The columns of a table's primary key, in no order.
+    /// The columns of a table's primary key, in no order. (That of Postgres 18 WITHOUT OVERLAPS is no btree, and gives no order.)
     async fn key(&self, found: &Found) -> Result<Vec<Part>> {
         let sql = "SELECT a.attname::text, format_type(a.atttypid, a.atttypmod), \
-                       CASE WHEN o.opcnamespace <> 'pg_catalog'::regnamespace THEN ARRAY( \
+                       CASE WHEN o.opcnamespace <> 'pg_catalog'::regnamespace AND h.amname = 'btree' THEN ARRAY( \
                            SELECT format('OPERATOR(%I.%s)', n.nspname, p.oprname) \
                            FROM pg_amop m JOIN pg_operator p ON p.oid = m.amopopr JOIN pg_namespace n ON n.oid = p.oprnamespace \
                            WHERE m.amopfamily = o.opcfamily AND m.amoplefttype = o.opcintype AND m.amoprighttype = o.opcintype \
                            ORDER BY m.amopstrategy) END \
                    FROM pg_index i, unnest(i.indkey::int2[], i.indclass::oid[]) AS k (attnum, class) \
-                       JOIN pg_opclass o ON o.oid = k.class, pg_attribute a \
+                       JOIN pg_opclass o ON o.oid = k.class JOIN pg_am h ON h.oid = o.opcmethod, pg_attribute a \
                    WHERE i.indrelid = $1 AND i.indisprimary AND a.attrelid = i.indrelid AND a.attnum = k.attnum";
         let rows = self.client.query(sql, &[&found.table.relation.oid]).await.map_err(|e| failed(&e))?;
         let part = |row: &tokio_postgres::Row| {

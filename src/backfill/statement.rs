@@ -217,6 +217,7 @@ mod tests {
                 columns: vec![column("id", 20), column("net", 869), column("at", 1184)],
             },
             primary_key: key.iter().map(|k| (*k).into()).collect(),
+            type_oids: Vec::new(),
             partitioned: false,
             readable: true,
         }

@@ -186,6 +186,7 @@ mod tests {
                 columns: columns.iter().map(column).collect(),
             },
             primary_key: key.iter().map(|k| (*k).into()).collect(),
+            type_oids: Vec::new(),
             partitioned: false,
             readable: true,
         }

@@ -9,13 +9,13 @@ use rdkafka::{Message, Offset, TopicPartitionList};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use super::{TIMEOUT, client, error, no_topic, partitions};
+use super::{TIMEOUT, client, error, no_topic, partitions, transaction_timeout};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::world::go_on;
 
-/// How long an open transaction is waited for: a producer that has died leaves one for 60 s (`transaction.timeout.ms`).
-const OPEN: Duration = Duration::from_secs(70);
+/// A producer that has died leaves a transaction open until its timeout, and the broker looks for such every ten seconds.
+const LOOKS_EVERY: Duration = Duration::from_secs(10);
 /// How often it is looked for, and after how long a reader is told.
 const STEP: Duration = Duration::from_millis(10);
 const SILENT: Duration = Duration::from_secs(1);
@@ -74,15 +74,16 @@ pub fn settle(config: &Config, reader: &BaseConsumer, topic: &str, count: i32, s
     let end = |of: &BaseConsumer, p| Ok::<_, Error>(of.fetch_watermarks(topic, p, TIMEOUT).map_err(failed)?.1);
     let ends = (0..count).map(|p| end(&all, p)).collect::<Result<Vec<_>>>()?;
     let (since, mut told) = (Instant::now(), false);
+    let longest = transaction_timeout(&config.kafka) + LOOKS_EVERY;
     for (partition, written) in (0..).zip(ends) {
         // With read_committed the end is that of what no open transaction holds back.
         while end(reader, partition)? < written {
             go_on(stop)?;
-            if since.elapsed() > OPEN {
+            if since.elapsed() > longest {
                 let why = format!(
                     "{topic}, partition {partition}: a transaction before offset {written} has been open for {} s; \
                      kafka-transactions.sh find-hanging shows whose",
-                    OPEN.as_secs()
+                    longest.as_secs()
                 );
                 return Err(Error::unreachable(kafka_at(config), why));
             }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::session::{Outlets, Session};
@@ -106,7 +107,7 @@ impl Held {
                 outlets.sinks.push(sink);
                 (label, position)
             } else {
-                let (label, position) = peek(*name, config, &self.identity).await?;
+                let (label, position) = peek(*name, config, &self.identity, Some(&world.stop)).await?;
                 // Without a stored position it holds the acknowledgement where it is.
                 outlets.left_out.push(position.unwrap_or(Stored::NOTHING));
                 (label, position)
@@ -160,14 +161,15 @@ async fn open_sink(name: SinkName, world: &World, identity: &SlotIdentity, table
     }
 }
 
-/// Reads a sink's position without taking the sink over.
+/// Reads a sink's position without taking the sink over; `settled` as in [`sink::kafka::peek`].
 pub(super) async fn peek(
     name: SinkName,
     config: &Arc<Config>,
     identity: &SlotIdentity,
+    settled: Option<&CancellationToken>,
 ) -> Result<(&'static str, Option<Stored>)> {
     Ok(match name {
-        SinkName::Kafka => ("kafka", sink::kafka::peek(Arc::clone(config), identity).await?),
+        SinkName::Kafka => ("kafka", sink::kafka::peek(Arc::clone(config), identity, settled).await?),
         SinkName::Archive => ("archive", sink::parquet::peek(config, identity)?),
     })
 }

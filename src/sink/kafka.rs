@@ -36,7 +36,7 @@ pub use commit::BACKLOG;
 use commit::{Committer, Piece, Progress, Record, Records, producer};
 pub use history::{Fenced, fence, open_history, read_history};
 pub use limit::require_room;
-use limit::{Limit, write_note};
+use limit::{HEADERS, Limit, write_note};
 use position::{progress, read_position, require, require_table};
 use reports::Reports;
 
@@ -92,15 +92,20 @@ pub async fn open(
     Ok(Opened { sink, position: position.map(Stored) })
 }
 
-/// Reads the sink's position without taking it over: for a run that leaves this sink out, and for `status`.
+/// Reads the sink's position without taking it over: for a run that leaves this sink out, and for `status`. What lies behind a
+/// transaction that others have left open is waited for with `settled`, which breaks the wait off; else it is not seen.
 ///
 /// # Errors
 /// As [`open`].
-pub async fn peek(config: Arc<Config>, identity: &SlotIdentity) -> Result<Option<Stored>> {
-    let id = identity.clone();
+pub async fn peek(
+    config: Arc<Config>,
+    identity: &SlotIdentity,
+    settled: Option<&CancellationToken>,
+) -> Result<Option<Stored>> {
+    let (id, settled) = (identity.clone(), settled.cloned());
     tokio::task::spawn_blocking(move || {
         require(&kafka::topics(&config.kafka, kafka::TIMEOUT)?, &config.checkpoint_topic())?;
-        Ok(read_position(&config, &id, None)?.map(Stored))
+        Ok(read_position(&config, &id, settled.as_ref())?.map(Stored))
     })
     .await
     .map_err(|e| Error::fatal("reading the Kafka sink's position", e))?
@@ -339,9 +344,10 @@ impl KafkaSink {
     }
 }
 
-/// What headers take of a record, with the lengths of each.
+/// What headers take of a record, with the lengths of each, beyond what is kept free for them.
 fn header_bytes(headers: &OwnedHeaders) -> usize {
-    headers.iter().map(|header| header.key.len() + header.value.map_or(0, <[u8]>::len) + 10).sum()
+    let all: usize = headers.iter().map(|header| header.key.len() + header.value.map_or(0, <[u8]>::len) + 10).sum();
+    all.saturating_sub(HEADERS)
 }
 
 /// CloudEvents 1.0, Kafka binary content mode.

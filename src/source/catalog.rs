@@ -13,6 +13,8 @@ use crate::schema::{Column, Relation};
 pub struct Table {
     /// Its columns as the publication streams them; without a publication, all that are stored.
     pub relation: Relation,
+    /// Oids of the columns' types as a Relation message has them; in `relation` user-defined ones are what they look like.
+    pub type_oids: Vec<u32>,
     /// Primary key columns, in the key's order.
     pub primary_key: Vec<String>,
     /// A partitioned table: its rows are in its partitions.
@@ -134,7 +136,8 @@ async fn describe(client: &Client, row: &Row, listed: Option<Vec<String>>) -> Re
         replica_identity: row.get::<_, &str>(4).bytes().next().unwrap_or(b'd'),
         columns: found.iter().map(column).filter(|c| is_listed(&c.name)).collect(),
     };
+    let type_oids = relation.columns.iter().map(|c| c.type_oid).collect();
     types::resolve(client, &mut relation.columns, &Told::default()).await?;
     let primary_key = key.into_iter().map(|(_, name)| name).collect();
-    Ok(Table { relation, primary_key, partitioned: row.get(3), readable: row.get(5) })
+    Ok(Table { relation, type_oids, primary_key, partitioned: row.get(3), readable: row.get(5) })
 }

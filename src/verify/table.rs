@@ -35,7 +35,7 @@ pub(super) struct Table {
     pub(super) keyed: bool,
     /// `pg_class.oid`
     pub(super) oid: u32,
-    /// Oids of the columns' types.
+    /// Oids of the columns' types, as a Relation message has them.
     pub(super) type_oids: Vec<u32>,
     /// What reads `xmin` and the columns, as the types' output functions write them.
     pub(super) select: String,
@@ -53,7 +53,7 @@ impl Table {
         let select = format!("SELECT {} FROM {}{filter}", list.join(", "), table.sql_source());
         let keyed = !key.is_empty();
         let key = if keyed { key } else { (0..columns.len()).collect() };
-        let type_oids = relation.columns.iter().map(|c| c.type_oid).collect();
+        let type_oids = table.type_oids.clone();
         Self { name: relation.table(), columns, key, keyed, oid: relation.oid, type_oids, select }
     }
 

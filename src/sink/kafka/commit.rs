@@ -15,7 +15,7 @@ use super::limit::queue_kbytes;
 use super::reports::Reports;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
-use crate::kafka::{TIMEOUT, client_over, error};
+use crate::kafka::{TIMEOUT, TRANSACTION_TIMEOUT, client_over, error, transaction_timeout};
 use crate::lsn::Checkpoint;
 use crate::sink::worker::{Next, Order, Orders};
 
@@ -32,8 +32,6 @@ const AGES: u32 = 8;
 /// The broker rolls back what it takes for abandoned: a transaction that is still open after `transaction.timeout.ms`. So none
 /// gets older than this part of it, not even one in the middle of a transaction of Postgres whose next rows take long.
 const OF_TIMEOUT: u32 = 3;
-/// `transaction.timeout.ms` where nothing else is set.
-const TRANSACTION_TIMEOUT: &str = "60000";
 /// How long a full queue is flushed before a record tries it again.
 const FULL: Duration = Duration::from_millis(2);
 /// How long the end of a session waits for the open transaction to be rolled back.
@@ -288,10 +286,9 @@ impl Committer {
     }
 }
 
-/// How old any transaction may become. A timeout that is no number is refused by librdkafka.
+/// How old any transaction may become.
 fn oldest(config: &config::Kafka) -> Duration {
-    let timeout = config.client.get("transaction.timeout.ms").map_or(TRANSACTION_TIMEOUT, String::as_str);
-    Duration::from_millis(timeout.parse().unwrap_or_default()) / OF_TIMEOUT
+    transaction_timeout(config) / OF_TIMEOUT
 }
 
 /// How old a transaction may become whose newest event came `delay` after its commit: `age` while there is no long backlog.

@@ -16,6 +16,8 @@ use crate::lsn::Position;
 const DEFAULT: usize = 1_000_000;
 /// Framing and headers: what a record's batch holds beside key and value.
 const FRAMING: usize = 1 << 10;
+/// The part of that for headers.
+pub(super) const HEADERS: usize = FRAMING / 2;
 /// What librdkafka may hold at least, in KiB.
 const LEAST_QUEUE: usize = 5 << 10;
 
