@@ -224,8 +224,9 @@ impl Store {
         match command.query_async(&mut connection).await {
             Ok(value) => Ok(value),
             Err(e) => {
-                // An answer proves the connection; without one, or with the scripts gone, the next call connects anew.
-                if e.code().is_none() || e.code() == Some("NOSCRIPT") {
+                // An answer proves the connection; without one, with the scripts gone, or from a server that is no primary any
+                // more (its name may lead to another one by now), the next call connects anew.
+                if matches!(e.code(), None | Some("NOSCRIPT" | "READONLY")) {
                     *self.connection.lock().await = None;
                 }
                 Err(self.error(&e))

@@ -104,7 +104,9 @@ impl Ledger {
         self.revoke(partition);
         self.fresh.push(partition);
         self.generations += 1;
-        self.partitions.insert(partition, Partition { generation: self.generations, ..Partition::default() });
+        // librdkafka keeps a pause over a revocation. So a partition counts as paused until it has been resumed.
+        let taken = Partition { generation: self.generations, paused: true, ..Partition::default() };
+        self.partitions.insert(partition, taken);
     }
 
     /// Forgets a partition: what waits is dropped, what is under way is cancelled, nothing of it is committed any more.
@@ -248,6 +250,7 @@ mod tests {
     fn ledger(records: &[(i64, &str)]) -> Ledger {
         let mut ledger = Ledger::default();
         ledger.assign(0);
+        assert_eq!((ledger.take_roomy(), ledger.take_roomy()), (vec![0], vec![]));
         for (offset, key) in records {
             ledger.admit(record(0, *offset, key));
         }
@@ -320,6 +323,7 @@ mod tests {
     fn a_stuck_key_pauses_its_own_partition_only() {
         let mut ledger = ledger(&[(0, "stuck")]);
         ledger.assign(1);
+        assert_eq!(ledger.take_roomy(), [1]);
         let job = ledger.next_job().unwrap();
         for offset in 1..SPAN {
             ledger.admit(record(0, offset, "b"));
@@ -330,6 +334,13 @@ mod tests {
         assert_eq!(ledger.take_roomy(), vec![0; 0]);
         ledger.done(&job.record, job.generation);
         assert_eq!((ledger.take_roomy(), ledger.take_roomy()), (vec![0], vec![]));
+        // It is paused, goes and comes back: it has to be resumed.
+        for offset in SPAN..2 * SPAN + 1 {
+            ledger.admit(record(0, offset, "stuck"));
+        }
+        assert_eq!(ledger.take_full(), [0]);
+        ledger.assign(0);
+        assert_eq!(ledger.take_roomy(), [0]);
     }
 
     #[test]
