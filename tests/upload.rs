@@ -4,7 +4,7 @@ mod bench;
 mod faults;
 mod proxy;
 
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use bench::{Bench, Guard, Row, ids, row, rows, text, until};
 
@@ -160,6 +160,81 @@ fn rows_that_someone_has_deleted_do_not_come_back() {
 }
 
 #[test]
+fn a_table_that_was_dropped_is_not_made_anew_without_its_rows() {
+    let bench = Bench::new("dropped");
+    bench.seal(&[("events", &rows(0, 10)), ("app.other", &rows(0, 2))]);
+    bench.loads();
+    bench.query("DROP TABLE `DATASET.events`");
+    bench.seal(&[("events", &rows(10, 15)), ("app.other", &rows(10, 12))]);
+    let refused = bench.refused();
+    assert!(refused.contains("rows up to 0/3F1#0, by ") && refused.contains(".json)"), "{refused}");
+    assert_eq!(bench.ids("app_other"), [ids(&rows(0, 2)), ids(&rows(10, 12))].concat());
+    // Without the record its jobs tell.
+    std::fs::remove_dir_all(bench.archive().join(".upload")).unwrap();
+    let refused = bench.refused();
+    assert!(refused.contains("rows up to 0/3F1#0, by job falaj-test-events-start-"), "{refused}");
+    assert!(bench.table("events")["error"]["code"] == 404, "{}", bench.table("events"));
+
+    let sql = refused.split("go on without the earlier rows: ").nth(1).unwrap().split(';').next().unwrap();
+    bench.query(sql);
+    let made = bench.table("events");
+    assert_eq!(bench.loads(), bench.line(1, 5));
+    assert_eq!(bench.ids("events"), ids(&rows(10, 15)));
+    // It is as if falaj had made it.
+    let other = bench.table("app_other");
+    assert!(made["labels"]["falaj_owner"].is_string(), "{made}");
+    for part in ["timePartitioning", "clustering"] {
+        assert_eq!(made[part], other[part], "{part}");
+    }
+    assert_eq!(made["schema"], other["schema"]);
+}
+
+#[test]
+fn a_dropped_table_that_had_only_history_is_not_made_anew_either() {
+    let bench = Bench::new("dropped_history");
+    let history = bench.seal(&[("events", &[row(1007, 0, "r", 1), row(1007, 1, "r", 2)])]);
+    std::fs::write(history.join("_backfill.json"), "{}").unwrap();
+    assert_eq!(bench.loads(), bench.line(1, 2));
+    bench.query("DROP TABLE `DATASET.events`");
+    assert_eq!(bench.loads(), bench.line(0, 0));
+    let more = bench.seal(&[("events", &[row(1015, 0, "r", 3)])]);
+    std::fs::write(more.join("_backfill.json"), "{}").unwrap();
+    let refused = bench.refused();
+    assert!(refused.contains("rows of backfills, by "), "{refused}");
+    std::fs::remove_dir_all(bench.archive().join(".upload")).unwrap();
+    let refused = bench.refused();
+    assert!(refused.contains("by job falaj-test-events-r-"), "{refused}");
+}
+
+#[test]
+fn a_new_service_gets_everything_once_the_records_of_the_old_one_are_removed() {
+    let mut bench = Bench::new("anew");
+    let batch = bench.seal(&[("events", &rows(0, 10))]);
+    bench.loads();
+    let dir = bench.archive().join(".upload");
+    let records = || std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path());
+    let old = records().next().unwrap();
+    // The same records, and a data set of which nobody knows a job: as if the service had lost all it had.
+    let aside = bench.dir.path().join("aside");
+    std::fs::rename(&batch, &aside).unwrap();
+    bench.dataset.push_str("_new");
+    bench.loads();
+    std::fs::rename(&aside, &batch).unwrap();
+    let new = records().find(|dir| *dir != old).unwrap();
+    for file in std::fs::read_dir(&old).unwrap().map(|entry| entry.unwrap()) {
+        std::fs::copy(file.path(), new.join(file.file_name())).unwrap();
+    }
+    bench.seal(&[("events", &rows(10, 15))]);
+    let refused = bench.refused();
+    let command = refused.split("have everything loaded: ").nth(1).unwrap().split(" – ").next().unwrap();
+    assert!(command.starts_with("rm -f "), "{command}");
+    let status = Command::new("sh").args(["-c", command]).current_dir(bench.dir.path()).status().unwrap();
+    assert!(status.success(), "{command}");
+    assert_eq!(bench.loads(), bench.line(1, 15));
+    assert_eq!(bench.ids("events"), ids(&rows(0, 15)));
+}
+
+#[test]
 fn batches_that_are_cut_elsewhere_after_a_crash_load_only_what_is_new() {
     let bench = Bench::new("recut");
     let first = bench.seal(&[("events", &rows(0, 10))]);
@@ -262,7 +337,7 @@ fn it_runs_on_and_ends_with_0_on_sigterm() {
 }
 
 fn terminate(pid: u32) {
-    let status = std::process::Command::new("kill").arg(pid.to_string()).status().unwrap();
+    let status = Command::new("kill").arg(pid.to_string()).status().unwrap();
     assert!(status.success());
 }
 

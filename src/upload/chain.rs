@@ -91,17 +91,9 @@ impl Chain<'_> {
     /// # Errors
     /// As every request of the service.
     pub async fn look(&self, after: Option<Position>, from: u32) -> Result<Link> {
-        let mut generation = from;
-        loop {
-            let id = self.job_id(after, generation);
-            match self.settled(&id, None).await? {
-                None => return Ok(Link::Free(generation)),
-                Some(Err(failure)) => {
-                    info!(%id, "failed earlier: {}", said(&failure));
-                    generation += 1;
-                }
-                Some(Ok(job)) => return self.followed(after, id, &job).await.map(Link::Followed),
-            }
+        match self.find(from, |generation| self.job_id(after, generation)).await? {
+            (generation, None) => Ok(Link::Free(generation)),
+            (_, Some((id, job))) => self.followed(after, id, &job).await.map(Link::Followed),
         }
     }
 
@@ -116,24 +108,8 @@ impl Chain<'_> {
         load: &Load,
         fields: &[TableFieldSchema],
     ) -> Result<Followed> {
-        let mut delays = backoff();
-        let mut attempt = 0;
-        loop {
-            attempt += 1;
-            let id = self.job_id(after, *generation);
-            match self.submit(&id, load, fields).await? {
-                Ok(job) => return self.followed(after, id, &job).await,
-                Err(failure) => {
-                    *generation += 1;
-                    metrics::counter!("falaj_upload_jobs_failed_total", "table" => self.table_id.clone()).increment(1);
-                    warn!(%id, "the load job has failed and loaded nothing: {}", said(&failure));
-                    if attempt == ATTEMPTS {
-                        return Err(Error::fatal(format_args!("loading {}: job {id}", self.name), said(&failure)));
-                    }
-                    self.world.pause(delays.next().unwrap_or(Duration::from_secs(5))).await?;
-                }
-            }
-        }
+        let (id, job) = self.run(generation, |generation| self.job_id(after, generation), load, fields).await?;
+        self.followed(after, id, &job).await
     }
 
     /// Id of a generation of the job that loads one file of history, and nothing else: it follows no position.
@@ -146,32 +122,71 @@ impl Chain<'_> {
         }
     }
 
+    /// What has become of the job that loads a file of history, whose rows have these positions; waits while one runs.
+    ///
+    /// # Errors
+    /// As every request of the service.
+    pub async fn look_for_history(&self, file: &str, first: Position, last: Position) -> Result<Link> {
+        match self.find(0, |generation| self.history_id(file, first, generation)).await? {
+            (generation, None) => Ok(Link::Free(generation)),
+            (_, Some((id, job))) => Ok(Link::Followed(Followed { to: last, rows: output_rows(&job), id })),
+        }
+    }
+
     /// Loads one file of history, unless a job has done so before.
     ///
     /// # Errors
-    /// [`Error::Fatal`] after three failed jobs, with BigQuery's reason; else as every request of the service.
+    /// As [`Chain::follow`].
     pub async fn load_history(&self, file: &str, load: &Load, fields: &[TableFieldSchema]) -> Result<Followed> {
-        let (mut delays, mut generation, mut failed) = (backoff(), 0, 0);
+        let mut generation = match self.look_for_history(file, load.first, load.last).await? {
+            Link::Followed(job) => return Ok(job),
+            Link::Free(generation) => generation,
+        };
+        let id = |generation| self.history_id(file, load.first, generation);
+        let (id, job) = self.run(&mut generation, id, load, fields).await?;
+        Ok(Followed { to: load.last, rows: output_rows(&job), id })
+    }
+
+    /// The job that has loaded its rows under the id of some generation, or the first generation that no job has had.
+    async fn find(&self, from: u32, id: impl Fn(u32) -> String) -> Result<(u32, Option<(String, Box<Job>)>)> {
+        let mut generation = from;
         loop {
-            let id = self.history_id(file, load.first, generation);
-            let (settled, is_new) = match self.settled(&id, None).await? {
-                Some(settled) => (settled, false),
-                None => (self.submit(&id, load, fields).await?, true),
-            };
-            let failure = match settled {
-                Ok(job) => return Ok(Followed { to: load.last, rows: output_rows(&job), id }),
+            let id = id(generation);
+            match self.settled(&id, None).await? {
+                None => return Ok((generation, None)),
+                Some(Ok(job)) => return Ok((generation, Some((id, job)))),
+                Some(Err(failure)) => {
+                    info!(%id, "failed earlier: {}", said(&failure));
+                    generation += 1;
+                }
+            }
+        }
+    }
+
+    /// Sends a job until one generation of it has loaded its rows, or three have failed.
+    async fn run(
+        &self,
+        generation: &mut u32,
+        id: impl Fn(u32) -> String,
+        load: &Load,
+        fields: &[TableFieldSchema],
+    ) -> Result<(String, Box<Job>)> {
+        let mut delays = backoff();
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let id = id(*generation);
+            let failure = match self.submit(&id, load, fields).await? {
+                Ok(job) => return Ok((id, job)),
                 Err(failure) => failure,
             };
-            generation += 1;
-            if is_new {
-                failed += 1;
-                metrics::counter!("falaj_upload_jobs_failed_total", "table" => self.table_id.clone()).increment(1);
-                warn!(%id, "the load job has failed and loaded nothing: {}", said(&failure));
-                if failed == ATTEMPTS {
-                    return Err(Error::fatal(format_args!("loading {}: job {id}", self.name), said(&failure)));
-                }
-                self.world.pause(delays.next().unwrap_or(Duration::from_secs(5))).await?;
+            *generation += 1;
+            metrics::counter!("falaj_upload_jobs_failed_total", "table" => self.table_id.clone()).increment(1);
+            warn!(%id, "the load job has failed and loaded nothing: {}", said(&failure));
+            if attempt == ATTEMPTS {
+                return Err(Error::fatal(format_args!("loading {}: job {id}", self.name), said(&failure)));
             }
+            self.world.pause(delays.next().unwrap_or(Duration::from_secs(5))).await?;
         }
     }
 

@@ -2,7 +2,9 @@
 
 use arrow_schema::{DataType, Field, Schema, TimeUnit};
 use gcp_bigquery_client::model::field_type::FieldType;
+use gcp_bigquery_client::model::table::Table;
 use gcp_bigquery_client::model::table_field_schema::TableFieldSchema;
+use gcp_bigquery_client::model::table_reference::TableReference;
 
 /// Longest name of a BigQuery column, in characters.
 const COLUMN_CHARS: usize = 300;
@@ -88,7 +90,9 @@ pub struct Clash {
     /// What is wrong.
     pub found: String,
     /// What to run.
-    pub fix: String,
+    pub sql: String,
+    /// The table is out of the way then, and a new one is needed.
+    pub anew: bool,
 }
 
 /// The columns of a job: the file's, as the table knows them, then those that only the table has. `clustered` are the columns
@@ -147,18 +151,13 @@ fn clash(
         format!("ALTER TABLE `{table}` ALTER COLUMN `{name}` SET DATA TYPE {is};")
     } else if clustered.contains(name) {
         let bare = table.rsplit('.').next().unwrap_or(table);
-        format!(
-            "ALTER TABLE `{table}` RENAME TO `{bare}_{}`; (the table is clustered by the column)",
-            was.to_lowercase()
-        )
+        let sql = format!("ALTER TABLE `{table}` RENAME TO `{bare}_{}`;", was.to_lowercase());
+        return Clash { found, sql, anew: true };
     } else {
         let old = free(format!("{name}_{}", was.to_lowercase())).unwrap_or_default();
         format!("ALTER TABLE `{table}` RENAME COLUMN `{name}` TO `{old}`;")
     };
-    Clash {
-        found,
-        fix: format!("run in BigQuery: {sql} Then this table's loads go on by themselves with the rows that wait"),
-    }
+    Clash { found, sql, anew: false }
 }
 
 /// What `ALTER COLUMN SET DATA TYPE` allows, of the types that falaj makes.
@@ -184,6 +183,24 @@ pub fn clustering(key: &[String], schema: &Schema, fields: &[TableFieldSchema]) 
     let single =
         |name: &String| fields.iter().any(|f| f.name == *name && f.mode.as_deref() != Some("REPEATED") && sortable(f));
     names_in(key, schema).into_iter().filter(single).take(CLUSTERING).collect()
+}
+
+/// SQL that makes a table as falaj does.
+pub fn create_sql(table: &Table) -> String {
+    let TableReference { project_id, dataset_id, table_id } = &table.table_reference;
+    let columns = table.schema.fields.iter().flatten();
+    let columns: Vec<_> = columns.map(|f| format!("`{}` {}", f.name, sql_type(f))).collect();
+    let mut sql = format!("CREATE TABLE `{project_id}.{dataset_id}.{table_id}` ({})", columns.join(", "));
+    if let Some(field) = table.time_partitioning.as_ref().and_then(|p| p.field.as_ref()) {
+        sql.push_str(&format!(" PARTITION BY DATE(`{field}`)"));
+    }
+    if let Some(fields) = table.clustering.as_ref().and_then(|c| c.fields.as_ref()) {
+        let fields: Vec<_> = fields.iter().map(|f| format!("`{f}`")).collect();
+        sql.push_str(&format!(" CLUSTER BY {}", fields.join(", ")));
+    }
+    let labels: Vec<_> =
+        table.labels.iter().flatten().map(|(key, value)| format!("(\"{key}\", \"{value}\")")).collect();
+    sql + &format!(" OPTIONS(labels=[{}]);", labels.join(", "))
 }
 
 /// Whether two fields hold the same type under BigQuery's two spellings of it.
@@ -397,7 +414,7 @@ mod tests {
             (plain("key", String), vec![plain("key", Integer)], "ALTER TABLE `p.d.t` RENAME TO `t_int64`;"),
         ] {
             let clash = unite(file, known).unwrap_err();
-            assert!(clash.fix.starts_with(&format!("run in BigQuery: {sql} ")), "{}", clash.fix);
+            assert_eq!((clash.sql.as_str(), clash.anew), (sql, sql.contains("RENAME TO")));
         }
         let clash = unite(plain("n", String), vec![plain("N", Int64)]).unwrap_err();
         assert_eq!(clash.found, "column \"N\" is STRING now, and INT64 in the table");

@@ -25,6 +25,13 @@ pub struct Part {
     pub to: Lsn,
 }
 
+impl Part {
+    /// What its first job follows: a position before all of it.
+    pub fn before(self) -> Option<Position> {
+        Some(Position { commit_lsn: Lsn(self.from.0.saturating_sub(1)), ordinal: u64::MAX })
+    }
+}
+
 /// A replay into tables of its own: `name` gives a table's name in BigQuery. Gives the number of rows loaded.
 ///
 /// # Errors
@@ -89,8 +96,7 @@ pub(super) async fn begin(
             let origin = chain::owner(&Source::open(&file.1.path)?.origin, load.table);
             let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
             let owner = hash(&format!("{origin} {table_id} {} {}", part.from, since.as_nanos()));
-            let before = Position { commit_lsn: Lsn(part.from.0.saturating_sub(1)), ordinal: u64::MAX };
-            let record = Record { loaded: Some(before), ..Record::new(load.table, &load.service.target(), &owner) };
+            let record = Record { loaded: part.before(), ..Record::new(load.table, &load.service.target(), &owner) };
             turn.write_history(&History::default())?;
             turn.write(&record)?;
             record

@@ -33,10 +33,15 @@ impl History {
     pub fn has(&self, batch: &Batch, file: &DataFile) -> bool {
         self.loaded.contains(&name(batch, file))
     }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.loaded.is_empty()
+    }
 }
 
 /// A file's name within the archive.
-fn name(batch: &Batch, file: &DataFile) -> String {
+pub(super) fn name(batch: &Batch, file: &DataFile) -> String {
     let file = file.path.file_name().unwrap_or_default().to_string_lossy();
     format!("{}/{file}", Batch::name(batch.first, batch.last))
 }
@@ -85,7 +90,7 @@ impl TableLoad<'_> {
         if let (Some(_), Some(record)) = (self.copy, turn.read()) {
             chain.owner = record.owner;
         }
-        let fields = self.ensure_table(&chain, &source).await?;
+        let fields = self.ensure_table(&chain, turn, &source).await?;
         let is_there = || self.service.has_history(table_id, batch.first, batch.last);
         if lost && self.world.for_ever(CHECK, is_there).await? {
             return Ok(None);

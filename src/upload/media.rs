@@ -110,20 +110,22 @@ impl BigQuery {
         let range = format!("bytes {at}-{}/{bytes}", end.saturating_sub(1));
         let request = self.http.put(session).header(header::CONTENT_RANGE, range).body(chunk);
         let response = self.send(doing, request).await?;
-        self.progress(doing, response).await
+        self.progress(doing, response, bytes).await
     }
 
     async fn ask(&self, doing: &str, session: &str, bytes: u64) -> Result<Step> {
         let request = self.http.put(session).header(header::CONTENT_RANGE, format!("bytes */{bytes}"));
         let response = self.send(doing, request.header(header::CONTENT_LENGTH, 0)).await?;
-        self.progress(doing, response).await
+        self.progress(doing, response, bytes).await
     }
 
-    async fn progress(&self, doing: &str, response: Response) -> Result<Step> {
+    async fn progress(&self, doing: &str, response: Response, bytes: u64) -> Result<Step> {
         match response.status() {
+            // With every byte it is still to say what has become of the job: then it is asked again.
             StatusCode::PERMANENT_REDIRECT => received(&response)
+                .filter(|&offset| offset < bytes)
                 .map(Step::Incomplete)
-                .ok_or_else(|| self.unreachable(doing, "HTTP 308 with a Range that is none")),
+                .ok_or_else(|| self.unreachable(doing, "HTTP 308 with a Range that leaves nothing to send")),
             StatusCode::NOT_FOUND | StatusCode::GONE => Ok(Step::End(Sent::Lost)),
             _ => Ok(Step::End(match self.read(doing, response).await? {
                 Answer::Is(job) => Sent::Accepted(job),

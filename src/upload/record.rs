@@ -160,7 +160,7 @@ impl Turn {
 
     /// What of the table's history is loaded; `None` when that record is lost or torn. Blocking.
     pub fn read_history(&self) -> Option<History> {
-        read(&beside(&self.path, HISTORY))
+        read(&self.history())
     }
 
     /// Stores what is loaded of the table's history, as [`Turn::write`] does. Blocking.
@@ -168,7 +168,7 @@ impl Turn {
     /// # Errors
     /// As [`Turn::write`].
     pub fn write_history(&self, history: &History) -> Result<()> {
-        self.store(&beside(&self.path, HISTORY), history)
+        self.store(&self.history(), history)
     }
 
     fn store(&self, path: &Path, record: &impl Serialize) -> Result<()> {
@@ -188,8 +188,19 @@ impl Turn {
         beside(&self.path, "parquet")
     }
 
-    fn record(&self) -> PathBuf {
+    /// File of the record.
+    pub fn record(&self) -> PathBuf {
         beside(&self.path, "json")
+    }
+
+    /// File of the record of the table's history.
+    pub fn history(&self) -> PathBuf {
+        beside(&self.path, HISTORY)
+    }
+
+    /// The command that removes both.
+    pub fn removal(&self) -> String {
+        format!("rm -f '{}' '{}'", self.record().display(), self.history().display())
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::{Instant, SystemTime};
 use gcp_bigquery_client::model::clustering::Clustering;
 use gcp_bigquery_client::model::table::Table;
 use gcp_bigquery_client::model::table_field_schema::TableFieldSchema;
+use gcp_bigquery_client::model::table_reference::TableReference;
 use gcp_bigquery_client::model::table_schema::TableSchema;
 use gcp_bigquery_client::model::time_partitioning::TimePartitioning;
 use gcp_bigquery_client::model::view_definition::ViewDefinition;
@@ -14,11 +15,12 @@ use tracing::{info, warn};
 
 use super::bigquery::{Answer, BigQuery};
 use super::chain::{self, Chain, Followed, Link};
+use super::columns::Clash;
 use super::copy::Part;
 use super::files::{self, Load, Source};
 use super::media::CHECK;
 use super::record::{Record, Records, Through, Turn, hash};
-use super::{LIST_EVERY, TableFiles, columns, tell};
+use super::{LIST_EVERY, TableFiles, columns, history, tell};
 use crate::archive::{Batch, DataFile};
 use crate::error::{Error, Result};
 use crate::lsn::{Lsn, Position};
@@ -95,7 +97,7 @@ impl TableLoad<'_> {
         // A replay has an owner of its own.
         let chain = Chain { owner: record.owner.clone(), ..self.chain(&oldest, table_id) };
         if !known || record.open {
-            self.ensure_table(&chain, &oldest).await?;
+            self.ensure_table(&chain, turn, &oldest).await?;
             recover(&chain, &mut record).await?;
             turn.write(&record)?;
         }
@@ -157,7 +159,7 @@ impl TableLoad<'_> {
         while let Some(group) = self.group(record).await? {
             let pending = metrics::gauge!("falaj_upload_pending_batches", "table" => self.table.to_owned());
             pending.set(self.new_files(record).count() as f64);
-            let fields = self.ensure_table(chain, &group.sources[0]).await?;
+            let fields = self.ensure_table(chain, turn, &group.sources[0]).await?;
             let key = &group.sources[0].primary_key;
             let names = columns::names_in(key, group.sources[0].schema());
             let key: Vec<_> = key.iter().cloned().zip(names).collect();
@@ -184,8 +186,13 @@ impl TableLoad<'_> {
         Ok(outcome)
     }
 
-    /// Makes the table where it is absent. The columns of a job: those of the file, then those that only the table has.
-    pub(super) async fn ensure_table(&self, chain: &Chain<'_>, source: &Source) -> Result<Vec<TableFieldSchema>> {
+    /// Makes the table where it never was. The columns of a job: those of the file, then those that only the table has.
+    pub(super) async fn ensure_table(
+        &self,
+        chain: &Chain<'_>,
+        turn: &Turn,
+        source: &Source,
+    ) -> Result<Vec<TableFieldSchema>> {
         let refused = |why: String, fix: String| {
             Error::refused(
                 "bigquery_table",
@@ -199,13 +206,10 @@ impl TableLoad<'_> {
         }
         let mend = "mend the column in Postgres or in BigQuery, or load into another data set (bigquery.dataset)";
         let wanted = columns::fields(source.schema()).map_err(|why| refused(why, mend.to_owned()))?;
-        let found = match self.world.for_ever(CHECK, || self.service.table(&chain.table_id)).await? {
-            Answer::Is(table) => table,
-            Answer::Absent | Answer::Exists => {
-                let table = self.new_table(chain, source, &wanted);
-                self.create(&table).await?;
-                table
-            }
+        let new = self.new_table(chain, source, &wanted);
+        let found = match self.find_table(chain).await? {
+            Some(table) => table,
+            None => self.make_table(chain, turn, &new).await?,
         };
         check_owner(chain, &found)?;
         let BigQuery { project, dataset, .. } = self.service;
@@ -213,7 +217,79 @@ impl TableLoad<'_> {
         let clustered = found.clustering.and_then(|c| c.fields).unwrap_or_default();
         let known = self.relax(&name, source, found.schema.fields.unwrap_or_default()).await?;
         let united = columns::unite(wanted, known, &name, &clustered);
-        united.map_err(|clash| refused(clash.found, clash.fix))
+        united.map_err(|Clash { found, sql, anew }| {
+            let sql = match anew {
+                true => format!("{sql} {} (the table is clustered by the column)", columns::create_sql(&new)),
+                false => sql,
+            };
+            let then = "Then this table's loads go on by themselves with the rows that wait";
+            refused(found, format!("run in BigQuery: {sql} {then}"))
+        })
+    }
+
+    async fn find_table(&self, chain: &Chain<'_>) -> Result<Option<Table>> {
+        match self.world.for_ever(CHECK, || self.service.table(&chain.table_id)).await? {
+            Answer::Is(table) => Ok(Some(table)),
+            Answer::Absent | Answer::Exists => Ok(None),
+        }
+    }
+
+    /// Makes the table, unless rows were loaded into it before: then somebody has dropped it, and a new one would lack them.
+    async fn make_table(&self, chain: &Chain<'_>, turn: &Turn, new: &Table) -> Result<Table> {
+        let Some(loaded) = self.loaded_before(chain, turn).await? else {
+            self.create(new).await?;
+            return Ok(new.clone());
+        };
+        // Another process may have made and filled it since it was looked for.
+        match self.find_table(chain).await? {
+            Some(table) => Ok(table),
+            None => Err(self.gone(turn, new, &loaded)),
+        }
+    }
+
+    /// What was loaded into the table before, by the records or by the service's jobs.
+    async fn loaded_before(&self, chain: &Chain<'_>, turn: &Turn) -> Result<Option<String>> {
+        let (record, nothing) = (turn.read(), self.copy.and_then(Part::before));
+        // Those of another stream do not count.
+        if record.as_ref().is_none_or(|record| record.owner == chain.owner) {
+            if let Some(loaded) = record.and_then(|record| record.loaded).filter(|loaded| Some(*loaded) > nothing) {
+                return Ok(Some(format!("rows up to {loaded}, by {}", turn.record().display())));
+            }
+            if turn.read_history().is_some_and(|history| !history.is_empty()) {
+                return Ok(Some(format!("rows of backfills, by {}", turn.history().display())));
+            }
+        }
+        // Without the records the first job of each kind tells, for as long as the service remembers it.
+        let mut links = vec![chain.look(nothing, 0).await?];
+        if let Some((batch, file)) = self.history.first() {
+            let name = history::name(batch, file);
+            links.push(chain.look_for_history(&name, batch.first, batch.last).await?);
+        }
+        Ok(links.into_iter().find_map(|link| match link {
+            Link::Followed(job) => Some(format!("rows up to {}, by job {}", job.to, job.id)),
+            Link::Free(_) => None,
+        }))
+    }
+
+    fn gone(&self, turn: &Turn, new: &Table, loaded: &str) -> Error {
+        let TableReference { project_id, dataset_id, table_id } = &new.table_reference;
+        let fix = match self.copy {
+            Some(_) => "run the same replay again: it begins anew".to_owned(),
+            None => format!(
+                "bring it back as it was between its last load and the moment when it was dropped (T in milliseconds since \
+                 1970): bq cp '{project_id}:{dataset_id}.{table_id}@T' '{project_id}:{dataset_id}.{table_id}' – or load what \
+                 the archive has into another one: falaj replay --from LSN --sink bigquery --table NAME – or, where the whole \
+                 service is a new one, have everything loaded: {} – or go on without the earlier rows: {}",
+                turn.removal(),
+                columns::create_sql(new),
+            ),
+        };
+        Error::refused(
+            "bigquery_table",
+            format!("there is no table {project_id}.{dataset_id}.{table_id}, but it was loaded before ({loaded})"),
+            "the table with these rows: one that is made anew would lack them",
+            fix,
+        )
     }
 
     /// Lets the table (`project.dataset.table`) hold NULL where the stream may bring it.

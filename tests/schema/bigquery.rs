@@ -40,8 +40,11 @@ async fn columns(p: &Pipeline, table: &str) -> Vec<String> {
 /// The SQL that a refusal names, run as it stands.
 async fn run_the_fix(p: &Pipeline, ended: &Ended) -> String {
     let fix = ended.log.split("run in BigQuery: ").nth(1).unwrap_or_else(|| panic!("no SQL in {}", ended.log));
-    let sql = fix.split(';').next().unwrap().to_owned();
-    bigquery::query(p, &sql).await;
+    let (sql, _) = fix.split_once(" Then this table's").unwrap();
+    let sql = sql.split(" (the table is").next().unwrap().trim();
+    for statement in sql.split_inclusive(';') {
+        bigquery::query(p, statement.trim()).await;
+    }
     sql.replace(&p.name, "d")
 }
 
@@ -80,7 +83,7 @@ async fn a_type_that_bigquery_cannot_change_stops_that_table_alone_until_the_sql
     // What was written under the old type is loaded; the other table goes on.
     assert_eq!(rows(&p, "CAST(n AS STRING)", "item").await, ["1", "2"]);
     assert_eq!(rows(&p, "CAST(id AS STRING)", "other").await, ["1", "2"]);
-    assert_eq!(run_the_fix(&p, &ended).await, "ALTER TABLE `local.d.item` RENAME COLUMN `n` TO `n_int64`");
+    assert_eq!(run_the_fix(&p, &ended).await, "ALTER TABLE `local.d.item` RENAME COLUMN `n` TO `n_int64`;");
     loads(&p).await;
     assert_eq!(rows(&p, "n, CAST(n_int64 AS STRING)", "item").await, ["NULL|1", "NULL|2", "n3|NULL"]);
     assert_eq!(rows(&p, "CAST(id AS STRING), n", "item_latest").await, ["1|NULL", "2|NULL", "3|n3"]);
@@ -94,9 +97,28 @@ async fn a_type_that_grows_is_widened_in_bigquery_by_the_sql_that_is_told() {
     p.run("ALTER TABLE item ALTER n TYPE numeric(10,2); INSERT INTO item VALUES (2, 'two', 2.25)").await;
     let ended = produce_and_upload(&p).await;
     assert_eq!(ended.code, Some(78), "{}", ended.log);
-    assert_eq!(run_the_fix(&p, &ended).await, "ALTER TABLE `local.d.item` ALTER COLUMN `n` SET DATA TYPE NUMERIC");
+    assert_eq!(run_the_fix(&p, &ended).await, "ALTER TABLE `local.d.item` ALTER COLUMN `n` SET DATA TYPE NUMERIC;");
     loads(&p).await;
     assert_eq!(rows(&p, "CAST(n * 100 AS INT64)", "item").await, ["100", "225"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_whose_type_changes_goes_on_in_a_new_table_by_the_sql_that_is_told() {
+    let p = with_items("bqclustered").await;
+    p.run("INSERT INTO item VALUES (1, 'one', 1)").await;
+    loads(&p).await;
+    p.run("ALTER TABLE item ALTER id TYPE text USING 'k' || id; INSERT INTO item VALUES ('k2', 'two', 2)").await;
+    let ended = produce_and_upload(&p).await;
+    assert_eq!(ended.code, Some(78), "{}", ended.log);
+    let sql = run_the_fix(&p, &ended).await;
+    assert!(
+        sql.starts_with("ALTER TABLE `local.d.item` RENAME TO `item_int64`; CREATE TABLE `local.d.item` ("),
+        "{sql}"
+    );
+    assert!(sql.contains("CLUSTER BY `id` OPTIONS(labels=[(\"falaj_owner\", \""), "{sql}");
+    loads(&p).await;
+    assert_eq!(rows(&p, "id, a", "item").await, ["k2|two"]);
+    assert_eq!(rows(&p, "CAST(id AS STRING), a", "item_int64").await, ["1|one"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -101,6 +101,14 @@ impl Bench {
         String::from_utf8(output.stdout).unwrap().lines().last().unwrap().to_owned()
     }
 
+    /// Runs `upload --once`, which must refuse a table, and gives what it says.
+    pub fn refused(&self) -> String {
+        let output = self.once();
+        let said = text(&output);
+        assert!(output.status.code() == Some(78) && said.contains("bigquery_table"), "{said}");
+        said
+    }
+
     /// What the last line of `upload --once` says.
     pub fn line(&self, jobs: usize, rows: usize) -> String {
         format!("{}/{PROJECT}.{}: {jobs} load jobs, {rows} rows", self.endpoint, self.dataset)

@@ -80,6 +80,14 @@ fn a_file_of_several_chunks_goes_on_where_the_service_says() {
 }
 
 #[test]
+fn the_service_has_every_byte_and_names_no_job_yet() {
+    let (bench, proxy) = survives("every_byte", PUT, UPLOAD, 1, Fault::HasEveryByte);
+    assert_eq!(bench.jobs().len(), 1);
+    // The bytes once, and then a question, not an empty range.
+    assert_eq!((proxy.count(&PUT, UPLOAD), proxy.count(&PUT, " bytes */")), (2, 1));
+}
+
+#[test]
 fn the_upload_is_forgotten_by_the_service() {
     let (_, proxy) = survives("forgotten", PUT, UPLOAD, 1, Fault::Answer(404, "Not Found"));
     assert_eq!(proxy.count(&POST, UPLOAD), 2);
@@ -89,7 +97,8 @@ fn the_upload_is_forgotten_by_the_service() {
 fn a_job_that_runs_is_waited_for() {
     let (bench, proxy) = behind_proxy("running");
     bench.seal(&[("events", &rows(0, 10))]);
-    proxy.script(GET, JOB, 1, Fault::Answer(404, ABSENT));
+    // Looked for before the table is made, and before the job is sent.
+    proxy.script(GET, JOB, 2, Fault::Answer(404, ABSENT));
     proxy.script(PUT, UPLOAD, 1, Fault::StillRunning);
     proxy.script(GET, JOB, 2, Fault::StillRunning);
     assert_eq!(bench.loads(), bench.line(1, 10));

@@ -23,6 +23,8 @@ pub enum Fault {
     HoldRequest,
     /// It reaches the server with a body that is no Parquet.
     Garble,
+    /// It reaches the server, and the answer says that every byte is there, but nothing of a job.
+    HasEveryByte,
     /// The job in its answer is said to run still.
     StillRunning,
 }
@@ -93,7 +95,8 @@ impl Proxy {
 async fn pass(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let (head, body) = request.into_parts();
     let path = head.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
-    shared.seen.lock().unwrap().push(format!("{} {path}", head.method));
+    let range = head.headers.get(header::CONTENT_RANGE).map_or("", |range| range.to_str().unwrap());
+    shared.seen.lock().unwrap().push(format!("{} {path} {range}", head.method));
     let fault = shared.next(&head.method, &path);
     let body = to_bytes(body, usize::MAX).await.unwrap();
     match fault {
@@ -112,6 +115,11 @@ async fn pass(State(shared): State<Arc<Shared>>, request: Request) -> Response {
         Some(Fault::Garble) => {
             let noise = Bytes::from(vec![b'x'; body.len()]);
             shared.forward(head.method, &path, head.headers, noise).await
+        }
+        Some(Fault::HasEveryByte) => {
+            let range = format!("bytes=0-{}", body.len() - 1);
+            shared.forward(head.method, &path, head.headers, body).await;
+            Response::builder().status(308).header(header::RANGE, range).body(Body::empty()).unwrap()
         }
         Some(Fault::StillRunning) => {
             let answer = shared.forward(head.method, &path, head.headers, body).await;
