@@ -56,7 +56,10 @@ pub async fn run(world: &World, args: &cli::Generate) -> Result<()> {
     if args.rate == Some(0) {
         return Err(Error::Usage("--rate 0: a rate is 1 or more rows a second; leave it out for full speed".into()));
     }
-    let mut lanes = Lanes::open(world, lanes(args)).await?;
+    let mut lanes = match Lanes::open(world, lanes(args)).await {
+        Ok(lanes) => lanes,
+        Err(e) => return world.ended(Err(e)),
+    };
     let subjects = lanes.stock(&model::stock(args.seed), Timestamp::now().as_microsecond()).await?;
     let pace = pace(args.rate, args.count);
     let mut model = Model::new(args.seed, pace, subjects);

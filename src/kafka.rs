@@ -39,7 +39,11 @@ const ALIASES: [(&str, &str); 3] = [
     ("message.timeout.ms", "delivery.timeout.ms"),
 ];
 
-/// A client configuration with the user's librdkafka keys. Roles set their own keys *after* this: a promise is not configurable.
+/// The key by which a broker lets a consumer read from a follower nearby.
+const RACK: &str = "client.rack";
+
+/// A client configuration with the user's librdkafka keys, but for `client.rack`: the end that a follower tells may lie
+/// before the leader's, and who reads to the end would take an old position for the newest. Roles set their own keys *after* this: a promise is not configurable.
 pub fn client(config: &Kafka) -> ClientConfig {
     client_over(config, &[])
 }
@@ -55,8 +59,17 @@ pub fn client_over(config: &Kafka, defaults: &[(&str, &str)]) -> ClientConfig {
             client.set(*key, *value);
         }
     }
-    for (key, value) in &config.client {
+    for (key, value) in config.client.iter().filter(|(key, _)| *key != RACK) {
         client.set(key, value);
+    }
+    client
+}
+
+/// Like [`client`], for a consumer that may read from a follower, unless it reads to an end.
+pub fn consumer(config: &Kafka, until_end: bool) -> ClientConfig {
+    let mut client = client(config);
+    if let Some(rack) = config.client.get(RACK).filter(|_| !until_end) {
+        client.set(RACK, rack);
     }
     client
 }
@@ -72,10 +85,14 @@ pub fn admin(config: &Kafka) -> Result<AdminClient<DefaultClientContext>> {
 /// Sorts a librdkafka error: refused (rights, password, configuration), or unreachable for now.
 pub fn error(config: &Kafka, e: &KafkaError) -> Error {
     use RDKafkaErrorCode as Code;
+    // Without the value, which may be a secret also under a key that does not exist.
     if let KafkaError::ClientConfig(_, why, key, value) = e {
         return Error::refused(
             "kafka_config",
-            format!("kafka.\"{key}\" = \"{value}\": {why}"),
+            format!(
+                "kafka.\"{key}\": {}",
+                if value.is_empty() { why.clone() } else { why.replace(value.as_str(), "…") }
+            ),
             "a key and value that librdkafka knows",
             "mend [kafka] in the configuration",
         );
@@ -220,5 +237,26 @@ mod tests {
         assert_eq!(all(&config), [None, some("none"), some("5")]);
         config.client = [("compression.type".to_owned(), "zstd".to_owned())].into();
         assert_eq!(all(&config), [some("zstd"), None, some("20")]);
+    }
+
+    #[test]
+    fn a_key_that_librdkafka_does_not_take_is_told_without_its_value() {
+        let mut config = Config::load(None, []).unwrap().kafka;
+        for (key, value) in [("sasl.pasword", "s3cret"), ("acks", "s3cret"), ("sasl.password", "")] {
+            config.client = [(key.to_owned(), value.to_owned())].into();
+            let Err(refused) = admin(&config) else { continue };
+            let text = refused.to_string();
+            assert!(text.contains(key) && !text.contains("s3cret"), "{text}");
+        }
+        config.client = [("sasl.pasword".to_owned(), "s3cret".to_owned())].into();
+        assert_eq!(admin(&config).err().map(|e| e.exit_code()), Some(78));
+    }
+
+    #[test]
+    fn only_who_needs_no_end_reads_from_a_follower() {
+        let mut config = Config::load(None, []).unwrap().kafka;
+        config.client.insert(RACK.into(), "a".into());
+        assert_eq!((client(&config).get(RACK), consumer(&config, true).get(RACK)), (None, None));
+        assert_eq!(consumer(&config, false).get(RACK), Some("a"));
     }
 }

@@ -17,6 +17,9 @@ use crate::error::{Error, Result};
 /// How long a server may stay unreachable at the start before the verb gives up with exit code 69.
 pub const START_PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long a server may take to answer what it was asked before a shutdown.
+const STOP_PATIENCE: Duration = Duration::from_secs(3);
+
 /// Everything a role gets from outside.
 #[derive(Clone)]
 pub struct World {
@@ -124,7 +127,7 @@ impl World {
     ) -> Result<T> {
         let mut delays = backoff();
         loop {
-            let error = match op().await {
+            let error = match self.answer(check, op()).await {
                 Ok(value) => {
                     self.health.ok(check);
                     return Ok(value);
@@ -141,6 +144,29 @@ impl World {
                 return Err(error);
             }
         }
+    }
+
+    /// How a role ends: where it was shut down, a server that was away then is no failure.
+    ///
+    /// # Errors
+    /// That of the role, unless it is transient and a shutdown came.
+    pub fn ended(&self, outcome: Result<()>) -> Result<()> {
+        match outcome {
+            Err(e) if e.is_transient() && self.stop.is_cancelled() => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    /// The outcome of a request; after a shutdown it is not waited for much longer.
+    async fn answer<T>(&self, check: &str, request: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut request = std::pin::pin!(request);
+        tokio::select! {
+            biased;
+            outcome = &mut request => return outcome,
+            () = self.stop.cancelled() => {}
+        }
+        let late = |_| Error::unreachable(check, "no answer at the shutdown");
+        tokio::time::timeout(STOP_PATIENCE, request).await.map_err(late)?
     }
 
     /// Waits, but not past a shutdown.

@@ -276,6 +276,28 @@ async fn records_that_kafka_deleted_undelivered_are_not_passed_over_in_silence()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn records_that_kafka_deleted_while_the_peer_was_away_are_told_too() {
+    let mut stage = Stage::new("overtaken", 1, Faults::default()).await;
+    stage.serve_http();
+    let large = |n| (0, None, [event(n, "c"), vec![b' '; 600_000]].concat());
+    stage.send(vec![large(0)], true).await;
+    let process = stage.consume(&[]);
+    stage.peer.has(1).await;
+    until("its answer has come", async || stage.metric("falaj_external_waiting_events").await == Some(0.0)).await;
+    stage.peer.go_away().await;
+    stage.send((1..50).map(large).collect(), true).await;
+    // Offsets 2 to 29 fill what may wait, and the partition is paused there.
+    until("28 events wait", async || stage.metric("falaj_external_waiting_events").await == Some(28.0)).await;
+    stage.delete_records_below(40).await;
+    stage.peer.come_back().await;
+    stage.peer.has(1 + 28 + 11).await;
+    process.terminate();
+    let (code, log) = process.end().await;
+    assert!(code == Some(0) && log.contains("deleted records that were not delivered"), "{log}");
+    assert!(log.contains("from=30 begin=40"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nobody_at_the_address_for_thirty_seconds_is_69() {
     let stage = Stage::new("nobody", 1, Faults::default()).await;
     stage.peer.go_away().await;

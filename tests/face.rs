@@ -150,6 +150,39 @@ async fn status_tells_what_it_can_when_every_server_is_away() {
     assert_eq!(names, ["pipeline", "slot", "kafka", "archive", "batches", "board", "external", "bigquery"]);
 }
 
+/// Whoever ends a role that waits for its first server finds a clean end, whatever the role.
+#[tokio::test]
+async fn a_role_that_waits_for_its_server_ends_with_0_on_sigterm() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut env = std::collections::BTreeMap::new();
+    for (key, value) in [
+        ("FALAJ_POSTGRES__URL", "postgres://nobody@127.0.0.1:1/none"),
+        ("FALAJ_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1"),
+        ("FALAJ_REDIS__URL", "redis://127.0.0.1:1/0"),
+        ("FALAJ_EXTERNAL__URL", "http://127.0.0.1:1/"),
+        ("FALAJ_BIGQUERY__ENDPOINT", "http://127.0.0.1:1"),
+        ("FALAJ_BIGQUERY__PROJECT", "local"),
+        ("FALAJ_ARCHIVE__DIR", dir.path().to_str().unwrap()),
+        ("FALAJ_HTTP__LISTEN", ""),
+    ] {
+        env.insert(key.to_owned(), value.to_owned());
+    }
+    for args in [
+        &["produce"][..],
+        &["consume", "--sinks", "redis"],
+        &["consume", "--sinks", "external"],
+        &["upload"],
+        &["run"],
+        &["generate"],
+        &["board", "--follow"],
+    ] {
+        let role = Process::start(args, &env);
+        let waits = |log: &str| log.contains("trying again") || log.contains("starting again");
+        until("it tries again", async || waits(&role.log())).await;
+        assert_eq!(role.ends("-TERM").await, 0, "{args:?}: {}", role.log());
+    }
+}
+
 /// The roles are drained when one of them is refused, and its code is the process's.
 #[tokio::test]
 async fn run_ends_with_the_code_of_the_role_that_failed() {

@@ -97,6 +97,11 @@ impl Serialize for Thousandths {
 /// # Errors
 /// Redis unreachable for 30 s at the start, or refusing; stdout closed.
 pub async fn board(world: &World, args: &Board) -> Result<()> {
+    let shown = follow(world, args).await;
+    if args.follow { world.ended(shown) } else { shown }
+}
+
+async fn follow(world: &World, args: &Board) -> Result<()> {
     let store = Store::new(&world.config)?;
     let mut view = world.at_start("redis", || read(&store, args.top)).await?;
     loop {
@@ -104,10 +109,7 @@ pub async fn board(world: &World, args: &Board) -> Result<()> {
         if !args.follow || world.pause(FOLLOW_EVERY).await.is_err() {
             return Ok(());
         }
-        view = match world.for_ever("redis", || read(&store, args.top)).await {
-            Err(e) if e.is_transient() && world.stop.is_cancelled() => return Ok(()),
-            read => read?,
-        };
+        view = world.for_ever("redis", || read(&store, args.top)).await?;
     }
 }
 

@@ -49,9 +49,7 @@ const LANES: usize = 16;
 pub async fn run(world: &World, args: &cli::Consume) -> Result<()> {
     match start(world, args).await {
         Ok(outlet) => outlet.run().await,
-        // A shutdown while a server is waited for: nothing has begun.
-        Err(e) if e.is_transient() && world.stop.is_cancelled() => Ok(()),
-        Err(e) => Err(e),
+        Err(e) => world.ended(Err(e)),
     }
 }
 
@@ -64,7 +62,7 @@ async fn start<'a>(world: &'a World, args: &cli::Consume) -> Result<Outlet<'a>> 
     };
     group::require_topics(world, [sender.topic.clone(), world.config.dead_letter_topic()]).await?;
     sender.peer.reach(world).await?;
-    let group = Group::join(world, TABLE)?;
+    let group = Group::join(world, TABLE, args.until_end)?;
     let ends = match args.until_end {
         true => Some(world.at_start(group::CHECK, || group.ends()).await?),
         false => None,
@@ -89,7 +87,6 @@ impl Outlet<'_> {
     async fn run(mut self) -> Result<()> {
         let mut tick = ticks();
         while !self.world.stop.is_cancelled() {
-            self.group.look_for_gaps();
             self.launch();
             self.group.balance()?;
             tokio::select! {

@@ -79,13 +79,15 @@ pub struct Place {
 }
 
 impl Input {
-    /// A client for the board's topic; joins the group at [`Input::subscribe`].
+    /// A client for the board's topic; joins the group at [`Input::subscribe`]. With `until_end` it reads from the
+    /// leaders, who know the end.
     ///
     /// # Errors
     /// [`Error::Refused`] for a librdkafka key or value that does not exist.
-    pub fn open(config: &Config, table: &str) -> Result<Self> {
+    pub fn open(config: &Config, table: &str, until_end: bool) -> Result<Self> {
+        let client = client(config, until_end);
         let consumer =
-            client(config).create_with_context(Rebalances::default()).map_err(|e| kafka::error(&config.kafka, &e))?;
+            client.create_with_context(Rebalances::default()).map_err(|e| kafka::error(&config.kafka, &e))?;
         Ok(Self { consumer, kafka: config.kafka.clone(), topic: config.topic(table) })
     }
 
@@ -223,8 +225,8 @@ impl Input {
     }
 }
 
-fn client(config: &Config) -> ClientConfig {
-    let mut client = kafka::client(&config.kafka);
+fn client(config: &Config, until_end: bool) -> ClientConfig {
+    let mut client = kafka::consumer(&config.kafka, until_end);
     // These two may be configured. A process that was killed holds its partitions for as long as the session lasts:
     // six seconds is the least that brokers allow by default.
     for (key, value) in [("session.timeout.ms", "6000"), ("topic.metadata.refresh.interval.ms", "10000")] {

@@ -45,7 +45,7 @@ const COMPARE_EVERY: Duration = Duration::from_secs(1);
 /// Kafka or Redis unreachable at the start, or refusing; later outages are retried for ever.
 pub async fn run(world: &World, args: &Consume) -> Result<()> {
     let store = Arc::new(Store::new(&world.config)?);
-    let input = Arc::new(Input::open(&world.config, TABLE)?);
+    let input = Arc::new(Input::open(&world.config, TABLE, args.until_end)?);
     let ready = async {
         info!("Redis: {}", world.at_start("redis", || store.preflight()).await?);
         let ends = || {
@@ -55,7 +55,11 @@ pub async fn run(world: &World, args: &Consume) -> Result<()> {
         world.at_start("kafka_board", ends).await
     };
     let ends = tokio::select! {
-        ends = ready => ends?,
+        ends = ready => match ends {
+            Ok(ends) => ends,
+            // The shutdown may also be seen from within, a moment before it is seen here.
+            Err(e) => return world.ended(Err(e)),
+        },
         () = world.stop.cancelled() => return Ok(()),
     };
     let latency = Arc::new(Latency::new());
@@ -112,11 +116,9 @@ struct Part {
 
 impl Reader {
     fn run(mut self) -> Result<()> {
-        match self.follow() {
-            // Shut down while a server is away: what is not applied is read again by the next one.
-            Err(e) if e.is_transient() && self.world.stop.is_cancelled() => Ok(()),
-            ended => ended,
-        }
+        let outcome = self.follow();
+        // What is not applied is read again by the next one.
+        self.world.ended(outcome)
     }
 
     fn follow(&mut self) -> Result<()> {

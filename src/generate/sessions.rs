@@ -27,6 +27,9 @@ const REST: i64 = 30 * 60 * 1_000_000;
 const RETURN: f64 = 0.6;
 /// An event is about another content than the one before it with this probability.
 const SWITCH: f64 = 0.15;
+/// No more users rest than this: beyond it, which takes more than 18,000 rows a second, those who have rested longest do not come
+/// back.
+const MOST_RESTING: usize = 4 << 20;
 /// Above this pace the gaps shrink instead of ever more sessions being kept in memory.
 const MOST_ROWS_PER_SECOND: f64 = 10_000.0;
 
@@ -102,6 +105,9 @@ impl Sessions {
         }
         let acted = *session;
         if rng.random_bool(END) {
+            if self.resting.len() == MOST_RESTING {
+                self.resting.pop_front();
+            }
             self.resting.push_back((now + REST, acted.user));
             self.free.push(slot);
         } else {
@@ -173,5 +179,18 @@ mod tests {
         let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
         assert!((80.0..100.0).contains(&mean), "mean gap {mean} s");
         assert!(returns > 1000, "{returns} users came back");
+    }
+
+    #[test]
+    fn no_more_users_rest_than_memory_is_meant_for() {
+        let mut rng = StdRng::seed_from_u64(9);
+        let catalog = Catalog::new(Vec::new(), &mut rng);
+        let mut sessions = Sessions::new(50.0, &catalog, &mut rng);
+        sessions.resting = (0..MOST_RESTING as u32).map(|user| (i64::MAX, user)).collect();
+        (0..1000).for_each(|k| {
+            sessions.next(k * 20_000, &catalog, &mut rng);
+        });
+        assert_eq!(sessions.resting.len(), MOST_RESTING);
+        assert!(sessions.resting.back().is_some_and(|(until, _)| *until < i64::MAX));
     }
 }

@@ -218,6 +218,22 @@ fn a_full_or_restarted_redis_is_waited_for_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_redis_that_hangs_does_not_hold_a_shutdown_back() {
+    let redis = OwnRedis::start(&[]);
+    let (mut rig, mut load) = (Rig::with_redis("hangs", &redis.url()), Load::new(9));
+    rig.write(&load.events(100));
+    let running = rig.consume();
+    let follower = Running(rig.command(&["board", "--follow", "--json"]).stdout(Stdio::null()).spawn().unwrap());
+    eventually("the board is right", || rig.board_is_right());
+    redis.running.signal("STOP");
+    rig.write(&load.events(100));
+    assert_eq!((running.terminate(), follower.terminate()), (Some(0), Some(0)));
+    redis.running.signal("CONT");
+    rig.consume_until_end();
+    rig.assert_board();
+}
+
+#[test]
 fn an_evicting_redis_is_refused_with_78() {
     let redis = OwnRedis::start(&["--maxmemory-policy", "allkeys-lru"]);
     let rig = Rig::with_redis("evicting", &redis.url());

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 /// No condition of these tests may take longer.
 pub const DEADLINE: Duration = Duration::from_secs(90);
 const KAFKA: &str = "FALAJ_KAFKA__BOOTSTRAP_SERVERS";
+const LISTEN: &str = "FALAJ_HTTP__LISTEN";
 
 /// A pipeline of its own: topics, consumer group, peer.
 pub struct Stage {
@@ -83,13 +84,25 @@ impl Stage {
             ("FALAJ_PIPELINE".to_owned(), format!("ext-{name}-{nanos}")),
             (KAFKA.to_owned(), servers),
             ("FALAJ_EXTERNAL__URL".to_owned(), format!("http://{}/events", peer.address)),
-            ("FALAJ_HTTP__LISTEN".to_owned(), String::new()),
+            (LISTEN.to_owned(), String::new()),
         ]);
         Self { config: Config::load(None, env.clone()).unwrap(), peer, env }
     }
 
     pub fn set(&mut self, key: &str, value: &str) {
         self.env.insert(key.to_owned(), value.to_owned());
+    }
+
+    /// Processes serve HTTP, on a port that is free now; one at a time.
+    pub fn serve_http(&mut self) {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        self.set(LISTEN, &free.to_string());
+    }
+
+    /// A metric without labels; `None` while it is not served.
+    pub async fn metric(&self, name: &str) -> Option<f64> {
+        let text = reqwest::get(format!("http://{}/metrics", self.env[LISTEN])).await.ok()?.text().await.ok()?;
+        text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
     }
 
     pub fn topic(&self) -> String {

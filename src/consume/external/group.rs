@@ -1,7 +1,7 @@
 //! The consumer group `{pipeline}.external`: assignment, offsets, the end of the topic.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use metrics::counter;
 use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance, StreamConsumer};
 use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Message, Offset, TopicPartitionList};
 use tracing::{debug, error, info, warn};
 
@@ -39,8 +40,10 @@ pub struct Group {
     consumer: Arc<StreamConsumer<Context>>,
     ledger: SharedLedger,
     topic: String,
+    name: String,
     config: crate::config::Kafka,
-    looking: Arc<AtomicBool>,
+    /// Looks at committed offsets under way.
+    looking: Arc<AtomicUsize>,
 }
 
 /// The ledger, shared with librdkafka's callbacks. They run inside [`Group::next`], on its thread.
@@ -56,17 +59,19 @@ impl SharedLedger {
 
 impl Group {
     /// Joins the group. Without a committed offset, a partition is read from its beginning. From here on [`Group::next`]
-    /// must be called, else the other members wait for this one.
+    /// must be called, else the other members wait for this one. With `until_end` it reads from the
+    /// leaders, who know the end.
     ///
     /// # Errors
     /// [`Error::Refused`] for a bad librdkafka key or value.
-    pub fn join(world: &World, table: &str) -> Result<Self> {
+    pub fn join(world: &World, table: &str, until_end: bool) -> Result<Self> {
         let config = world.config.kafka.clone();
         let topic = world.config.topic(table);
+        let name = format!("{}.external", world.config.pipeline);
         let ledger = SharedLedger::default();
-        let mut client = kafka::client(&config);
+        let mut client = kafka::consumer(&config, until_end);
         client
-            .set("group.id", format!("{}.external", world.config.pipeline))
+            .set("group.id", &name)
             .set("isolation.level", "read_committed")
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
@@ -83,7 +88,7 @@ impl Group {
         let consumer: StreamConsumer<Context> =
             client.create_with_context(context).map_err(|e| kafka::error(&config, &e))?;
         consumer.subscribe(&[&topic]).map_err(|e| kafka::error(&config, &e))?;
-        Ok(Self { consumer: Arc::new(consumer), ledger, topic, config, looking: Arc::default() })
+        Ok(Self { consumer: Arc::new(consumer), ledger, topic, name, config, looking: Arc::default() })
     }
 
     /// The ledger of what this process owns.
@@ -114,7 +119,7 @@ impl Group {
         }
     }
 
-    /// Pauses what is full, resumes what has room again.
+    /// Pauses what is full, reads what has room (again).
     ///
     /// # Errors
     /// [`Error::Unreachable`], which librdkafka does not give for partitions that it has assigned.
@@ -123,36 +128,43 @@ impl Group {
             let mut ledger = self.ledger.lock();
             (ledger.take_full(), ledger.take_roomy())
         };
-        let on = |partitions: &[i32], act: &dyn Fn(&TopicPartitionList) -> KafkaResult<()>| match partitions {
-            [] => Ok(()),
-            _ => act(&self.list(partitions)).map_err(|e| kafka::error(&self.config, &e)),
-        };
-        on(&full, &|list| self.consumer.pause(list))?;
-        on(&roomy, &|list| self.consumer.resume(list))
+        let failed = |e| kafka::error(&self.config, &e);
+        if !full.is_empty() {
+            self.consumer.pause(&self.list(full)).map_err(failed)?;
+        }
+        if !roomy.is_empty() {
+            self.consumer.resume(&self.list(roomy.iter().map(|(partition, _)| *partition))).map_err(failed)?;
+            self.look_for_gaps(roomy);
+        }
+        Ok(())
     }
 
-    /// Says, in the background, where Kafka has deleted records before they were delivered: partitions that were just
-    /// taken over and now begin above the committed offset. Reading goes on from where they begin.
-    pub fn look_for_gaps(&self) {
-        let fresh = self.ledger.lock().take_fresh();
-        if fresh.is_empty() {
-            return;
-        }
-        let (consumer, topic, list) = (self.consumer.clone(), self.topic.clone(), self.list(&fresh));
-        let looking = self.looking.clone();
-        looking.store(true, Ordering::Release);
+    /// Says, in the background, where Kafka has deleted records before they were delivered: partitions that begin above the
+    /// offset from which they are read on, which is the committed one where they were just taken over.
+    fn look_for_gaps(&self, starts: Vec<(i32, Option<i64>)>) {
+        let (consumer, topic) = (self.consumer.clone(), self.topic.clone());
+        let fresh = self.list(starts.iter().filter(|(_, read)| read.is_none()).map(|(partition, _)| *partition));
+        let looking = (fresh.count() > 0).then(|| Looking::new(&self.looking));
         tokio::task::spawn_blocking(move || {
-            if let Err(error) = report_gaps(&consumer, &topic, list) {
+            let told = committed(&consumer, fresh).map(|offsets| {
+                drop(looking);
+                let start = |(partition, read): (i32, Option<i64>)| {
+                    Some((partition, read.or(offsets.get(&partition).copied())?))
+                };
+                starts
+                    .into_iter()
+                    .filter_map(start)
+                    .try_for_each(|(partition, from)| report_gap(&consumer, &topic, partition, from))
+            });
+            if let Err(error) = told.and_then(|told| told) {
                 warn!(%error, "whether Kafka has deleted undelivered records cannot be told");
             }
-            looking.store(false, Ordering::Release);
         });
     }
 
     /// Commits, without waiting, how far each partition is done.
     pub fn commit(&self) {
-        // The look for gaps needs the offsets as they were.
-        if self.looking.load(Ordering::Acquire) {
+        if self.looking.load(Ordering::Acquire) > 0 {
             return;
         }
         let offsets = self.ledger.lock().take_commits();
@@ -221,12 +233,12 @@ impl Group {
     async fn has_event(&self, partition: i32, from: Option<i64>, end: i64) -> Result<bool> {
         let mut list = TopicPartitionList::new();
         let from = from.map_or(Offset::Beginning, Offset::Offset);
-        let (config, topic) = (self.config.clone(), self.topic.clone());
+        let (config, topic, name) = (self.config.clone(), self.topic.clone(), format!("{}.look", self.name));
         blocking(move || {
             let failed = |e| kafka::error(&config, &e);
             list.add_partition_offset(&topic, partition, from).map_err(failed)?;
             let mut client = kafka::client(&config);
-            client.set("group.id", "falaj-look").set("isolation.level", "read_committed");
+            client.set("group.id", name).set("isolation.level", "read_committed");
             client.set("enable.auto.commit", "false").set("enable.partition.eof", "true");
             client.set("auto.offset.reset", "earliest");
             let reader: BaseConsumer = client.create().map_err(failed)?;
@@ -241,24 +253,15 @@ impl Group {
         .await
     }
 
-    /// What the group has committed for these partitions.
     async fn committed(&self, partitions: Vec<i32>) -> Result<BTreeMap<i32, i64>> {
-        let (consumer, config, list) = (self.consumer.clone(), self.config.clone(), self.list(&partitions));
-        blocking(move || {
-            let found = consumer.committed_offsets(list, TIMEOUT).map_err(|e| kafka::error(&config, &e))?;
-            let offset = |element: rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match element.offset() {
-                Offset::Offset(offset) => Some((element.partition(), offset)),
-                _ => None,
-            };
-            Ok(found.elements().into_iter().filter_map(offset).collect())
-        })
-        .await
+        let (consumer, config, list) = (self.consumer.clone(), self.config.clone(), self.list(partitions));
+        blocking(move || committed(&consumer, list).map_err(|e| kafka::error(&config, &e))).await
     }
 
-    fn list(&self, partitions: &[i32]) -> TopicPartitionList {
+    fn list(&self, partitions: impl IntoIterator<Item = i32>) -> TopicPartitionList {
         let mut list = TopicPartitionList::new();
         for partition in partitions {
-            list.add_partition(&self.topic, *partition);
+            list.add_partition(&self.topic, partition);
         }
         list
     }
@@ -325,22 +328,47 @@ fn commit(
     }
 }
 
-fn report_gaps(consumer: &StreamConsumer<Context>, topic: &str, partitions: TopicPartitionList) -> KafkaResult<()> {
-    for element in consumer.committed_offsets(partitions, TIMEOUT)?.elements() {
-        let Offset::Offset(from) = element.offset() else { continue };
-        let partition = element.partition();
-        let (begin, _) = consumer.fetch_watermarks(topic, partition, TIMEOUT)?;
-        if begin > from {
-            counter!("falaj_external_expired_records_total").increment((begin - from).unsigned_abs());
-            error!(
-                topic,
-                partition,
-                from,
-                begin,
-                "Kafka's retention has deleted records that were not delivered, marks of transactions among them. \
-                 Send the events again with `falaj replay --sink external`, and raise retention.ms"
-            );
-        }
+/// While one is there, nothing is committed: the look for gaps needs the offsets as they were.
+struct Looking(Arc<AtomicUsize>);
+
+impl Looking {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Looking {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// What the group has committed for these partitions. Blocking.
+fn committed(consumer: &StreamConsumer<Context>, partitions: TopicPartitionList) -> KafkaResult<BTreeMap<i32, i64>> {
+    if partitions.count() == 0 {
+        return Ok(BTreeMap::new());
+    }
+    let found = consumer.committed_offsets(partitions, TIMEOUT)?;
+    let offset = |element: TopicPartitionListElem<'_>| match element.offset() {
+        Offset::Offset(offset) => Some((element.partition(), offset)),
+        _ => None,
+    };
+    Ok(found.elements().into_iter().filter_map(offset).collect())
+}
+
+fn report_gap(consumer: &StreamConsumer<Context>, topic: &str, partition: i32, from: i64) -> KafkaResult<()> {
+    let (begin, _) = consumer.fetch_watermarks(topic, partition, TIMEOUT)?;
+    if begin > from {
+        counter!("falaj_external_expired_records_total").increment((begin - from).unsigned_abs());
+        error!(
+            topic,
+            partition,
+            from,
+            begin,
+            "Kafka's retention has deleted records that were not delivered, marks of transactions among them. \
+             Send the events again with `falaj replay --sink external`, and raise retention.ms"
+        );
     }
     Ok(())
 }

@@ -65,7 +65,6 @@ pub struct Ledger {
     partitions: BTreeMap<i32, Partition>,
     lanes: HashMap<Lane, VecDeque<Record>>,
     ready: VecDeque<Lane>,
-    fresh: Vec<i32>,
     generations: u64,
 }
 
@@ -79,6 +78,8 @@ struct Partition {
     committed: Option<i64>,
     bytes: usize,
     paused: bool,
+    /// Taken over, and not yet told by [`Ledger::take_roomy`].
+    fresh: bool,
 }
 
 impl Partition {
@@ -102,10 +103,9 @@ impl Ledger {
     /// Takes a partition over.
     pub fn assign(&mut self, partition: i32) {
         self.revoke(partition);
-        self.fresh.push(partition);
         self.generations += 1;
         // librdkafka keeps a pause over a revocation. So a partition counts as paused until it has been resumed.
-        let taken = Partition { generation: self.generations, paused: true, ..Partition::default() };
+        let taken = Partition { generation: self.generations, paused: true, fresh: true, ..Partition::default() };
         self.partitions.insert(partition, taken);
     }
 
@@ -116,11 +116,6 @@ impl Ledger {
         }
         self.lanes.retain(|lane, _| lane.0 != partition);
         self.ready.retain(|lane| lane.0 != partition);
-    }
-
-    /// Partitions taken over since the last call.
-    pub fn take_fresh(&mut self) -> Vec<i32> {
-        std::mem::take(&mut self.fresh)
     }
 
     /// Queues a record behind the others of its key. A record of a partition that is not owned is left to its owner.
@@ -216,9 +211,15 @@ impl Ledger {
         self.flip(false, Partition::is_full)
     }
 
-    /// Paused partitions that have room again, each named once.
-    pub fn take_roomy(&mut self) -> Vec<i32> {
-        self.flip(true, Partition::has_room)
+    /// Partitions to read (on), each named once: with `None` because it has just been taken over, else because it has room
+    /// again, with the offset after the last one that was read of it.
+    pub fn take_roomy(&mut self) -> Vec<(i32, Option<i64>)> {
+        let numbers = self.flip(true, Partition::has_room);
+        let roomy = numbers.into_iter().map(|number| {
+            let partition = self.partitions.get_mut(&number);
+            (number, partition.and_then(|p| if std::mem::take(&mut p.fresh) { None } else { p.read }))
+        });
+        roomy.collect()
     }
 
     /// Records that wait or are under way.
@@ -250,7 +251,7 @@ mod tests {
     fn ledger(records: &[(i64, &str)]) -> Ledger {
         let mut ledger = Ledger::default();
         ledger.assign(0);
-        assert_eq!((ledger.take_roomy(), ledger.take_roomy()), (vec![0], vec![]));
+        assert_eq!((ledger.take_roomy(), ledger.take_roomy()), (vec![(0, None)], vec![]));
         for (offset, key) in records {
             ledger.admit(record(0, *offset, key));
         }
@@ -323,7 +324,7 @@ mod tests {
     fn a_stuck_key_pauses_its_own_partition_only() {
         let mut ledger = ledger(&[(0, "stuck")]);
         ledger.assign(1);
-        assert_eq!(ledger.take_roomy(), [1]);
+        assert_eq!(ledger.take_roomy(), [(1, None)]);
         let job = ledger.next_job().unwrap();
         for offset in 1..SPAN {
             ledger.admit(record(0, offset, "b"));
@@ -331,16 +332,16 @@ mod tests {
             ledger.done(&free.record, free.generation);
         }
         assert_eq!((ledger.take_full(), ledger.take_full()), (vec![0], vec![]));
-        assert_eq!(ledger.take_roomy(), vec![0; 0]);
+        assert_eq!(ledger.take_roomy(), []);
         ledger.done(&job.record, job.generation);
-        assert_eq!((ledger.take_roomy(), ledger.take_roomy()), (vec![0], vec![]));
+        assert_eq!((ledger.take_roomy(), ledger.take_roomy()), (vec![(0, Some(SPAN))], vec![]));
         // It is paused, goes and comes back: it has to be resumed.
         for offset in SPAN..2 * SPAN + 1 {
             ledger.admit(record(0, offset, "stuck"));
         }
         assert_eq!(ledger.take_full(), [0]);
         ledger.assign(0);
-        assert_eq!(ledger.take_roomy(), [0]);
+        assert_eq!(ledger.take_roomy(), [(0, None)]);
     }
 
     #[test]

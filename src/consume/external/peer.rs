@@ -240,7 +240,8 @@ fn client(config: &External, tls: bool) -> Result<Client> {
 
 fn parse_url(text: &str) -> Result<Url> {
     let bad = |why: String| {
-        let found = format!("external.url = {text:?}: {why}");
+        // It may hold a password.
+        let found = format!("external.url: {why}");
         Error::refused("external_url", found, "an http:// or https:// address", "mend external.url")
     };
     let url = Url::parse(text).map_err(|e| bad(e.to_string()))?;
