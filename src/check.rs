@@ -113,14 +113,13 @@ pub async fn findings(world: &World) -> Vec<Finding> {
         peers::findings(config),
     );
     let mut all = postgres.findings;
-    if let Some(probe) = kafka {
-        match config.sources(postgres.tables) {
-            Ok(tables) => {
-                all.extend(probe.into_findings(config, &tables));
-                all.extend(room(config, &tables).await);
-            }
-            Err(error) => all.push(Finding::of::<&str>("table_names", "one name a source of events", Err(error))),
+    match (config.sources(postgres.tables), kafka) {
+        (Ok(tables), Some(probe)) => {
+            all.extend(probe.into_findings(config, &tables));
+            all.extend(room(config, &tables).await);
         }
+        (Ok(_), None) => {}
+        (Err(error), _) => all.push(Finding::of::<&str>("table_names", "one name a source of events", Err(error))),
     }
     all.extend(peers);
     all

@@ -26,6 +26,7 @@ use crate::lsn::{Lsn, SlotIdentity};
 use crate::sink::Stored;
 use crate::source::slot::WireForm;
 use crate::world::{START_PATIENCE, World, backoff};
+pub(crate) use held::peek;
 use session::Session;
 use until::Until;
 
@@ -121,7 +122,7 @@ fn choose(configured: &[SinkName], flag: Option<&[SinkName]>) -> Result<Vec<Sink
 pub async fn positions(config: &Arc<Config>, identity: &SlotIdentity) -> Result<Vec<(&'static str, Option<Stored>)>> {
     let mut found = Vec::new();
     for name in &config.produce.sinks {
-        found.push(held::peek(*name, config, identity, None).await?);
+        found.push(peek(*name, config, identity, None).await?);
     }
     Ok(found)
 }

@@ -142,7 +142,7 @@ async fn a_lost_slot_before_the_start_and_while_streaming() {
         "{}",
         ended.log
     );
-    must_refuse(&p, &["slot", "is lost", "max_slot_wal_keep_size", "backfill"]).await;
+    must_refuse(&p, &["slot", "is lost", "max_slot_wal_keep_size", "init --snapshot"]).await;
 }
 
 /// Fills segments until the slot has lost one of its own.
@@ -197,6 +197,20 @@ async fn a_lost_or_torn_lookup_state() {
     std::fs::remove_dir_all(&dir).unwrap();
     must_refuse(&p, &["lookup_state", &dir.display().to_string(), "--adopt-slot"]).await;
     assert!(!base.exists());
+    // An archive that is lost with it must not begin where the slot stands, as if it were new.
+    let kept = p.archive().with_extension("kept");
+    std::fs::rename(p.archive(), &kept).unwrap();
+    let ended = p.start(&["init", "--yes", "--adopt-slot"]).end().await;
+    assert!(ended.log.contains("archive has no position, kafka has"), "{}", ended.log);
+    assert_eq!(ended.code, Some(78));
+    std::fs::rename(&kept, p.archive()).unwrap();
+    p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
+    // Nor after an adoption for another reason.
+    rows(&p).await;
+    p.produce().await;
+    std::fs::remove_dir_all(p.archive()).unwrap();
+    p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
+    must_refuse(&p, &["sink_position", "archive has no position"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -461,3 +461,26 @@ async fn a_table_that_would_share_a_topic_of_falajs_own_is_refused() {
     p.produce().await;
     assert_eq!(events(&p, "checkpoint", &["_op", "id"]).await, [r#"1: _op="c" id=1"#]);
 }
+
+/// What is filtered out is not streamed, so that its lookup row would stay for ever as it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn lookup_rows_that_the_publication_filters_out_are_not_joined() {
+    let p = Pipeline::bare(Servers::shared(), "lookupfilter").await;
+    if !has(&p, 15).await {
+        return;
+    }
+    p.run(include_str!("../sql/01_tables.sql")).await;
+    p.run(
+        "INSERT INTO content (id, slug, title, content_type, publish_ts) VALUES
+             ('00000000-0000-0000-0000-000000000001', 'a', 'shown', 'video', now()),
+             ('00000000-0000-0000-0000-000000000002', 'b', 'hidden', 'podcast', now());
+         CREATE PUBLICATION falaj FOR TABLE content WHERE (content_type = 'video'), engagement_events",
+    )
+    .await;
+    p.init().await;
+    p.run("INSERT INTO engagement_events (content_id, event_ts) SELECT id, now() FROM content ORDER BY id").await;
+    p.produce().await;
+    let mut titles = shown(&p.values("engagement_events").await, &["title"]);
+    titles.sort();
+    assert_eq!(titles, [r#"title="shown""#, "title=null"]);
+}

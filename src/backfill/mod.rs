@@ -17,6 +17,7 @@ mod source;
 mod statement;
 
 use std::collections::VecDeque;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -38,7 +39,7 @@ use outlet::{Fenced, Outlet};
 use pace::{Pace, Progress};
 use plan::{Mark, Plan};
 pub(crate) use source::Source;
-use source::{Found, find};
+use source::find;
 use statement::Columns;
 
 const APPLICATION: &str = "falaj backfill";
@@ -134,6 +135,18 @@ pub async fn progress(config: &Arc<Config>) -> Result<Vec<Told>> {
     Ok(plans.into_iter().map(told).collect())
 }
 
+/// Removes the plans of all copies: they belong to a slot that is gone.
+///
+/// # Errors
+/// [`Error::Fatal`] when the disk refuses.
+pub(crate) fn forget(state: &Path) -> Result<()> {
+    let dir = Plan::dir(state);
+    match std::fs::remove_dir_all(&dir) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        removed => removed.map_err(|e| Error::fatal(format_args!("removing {}", dir.display()), e)),
+    }
+}
+
 /// Names of the published tables that have an unfinished plan, and of those that have none at all.
 pub(crate) fn unfinished(world: &World, tables: &[String]) -> Result<(Vec<String>, Vec<String>)> {
     let (mut unfinished, mut unknown) = (Vec::new(), Vec::new());
@@ -219,7 +232,7 @@ async fn describe(
     for (index, found) in find(config, &source.client, wanted).await?.into_iter().enumerate() {
         let plan = source.plan(config, &wanted[index], &found, jobs).await?;
         plan.write(&config.state.dir)?;
-        let Found { table: Table { relation, .. }, row_filter } = found;
+        let Table { relation, row_filter, .. } = found;
         let columns = Columns::new(&relation, &plan.order);
         let conditions = statement::conditions(row_filter.as_deref(), plan.filter.as_deref());
         let primary_key = slot::primary_key(&source.client, &relation).await?;

@@ -169,9 +169,14 @@ impl Plan {
         furthest
     }
 
+    /// Where the plans are.
+    pub fn dir(state: &Path) -> PathBuf {
+        state.join("backfill")
+    }
+
     /// Where the plan of a table is.
     pub fn path(state: &Path, table: &str) -> PathBuf {
-        state.join("backfill").join(format!("{}.json", short_name(table)))
+        Self::dir(state).join(format!("{}.json", short_name(table)))
     }
 
     /// The plan of a table; `None` when there has been none. Blocking.
@@ -192,7 +197,7 @@ impl Plan {
     /// # Errors
     /// [`Error::Refused`] for a file that is no plan; [`Error::Fatal`] when the directory cannot be read.
     pub fn all(state: &Path) -> Result<Vec<Self>> {
-        let dir = state.join("backfill");
+        let dir = Self::dir(state);
         let failed = |e| Error::fatal(format_args!("reading {}", dir.display()), e);
         let entries = match fs::read_dir(&dir) {
             Ok(entries) => entries,

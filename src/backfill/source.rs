@@ -109,7 +109,7 @@ impl Source {
     }
 
     /// The plan of a table: that of an unfinished backfill, else a new one.
-    pub(super) async fn plan(&self, config: &Config, wanted: &Wanted, found: &Found, lanes: usize) -> Result<Plan> {
+    pub(super) async fn plan(&self, config: &Config, wanted: &Wanted, found: &Table, lanes: usize) -> Result<Plan> {
         let (state, path) = (&config.state.dir, Plan::path(&config.state.dir, &wanted.table));
         let Some(plan) = Plan::read(state, &wanted.table)?.filter(|plan| !plan.finished) else {
             return self.new_plan(config, wanted, found, lanes).await;
@@ -117,7 +117,7 @@ impl Source {
         plan.require(state, &self.identity, wanted.filter.as_deref())?;
         let fits = match is_by_place(&plan.order) {
             true => plan.storage == Some(self.storage(found).await?),
-            false => plan.order == statement::order(&found.table, &self.key(found).await?),
+            false => plan.order == statement::order(found, &self.key(found).await?),
         };
         if !fits {
             let why = "an unfinished backfill; since then the table was rewritten, or has got another key";
@@ -127,7 +127,7 @@ impl Source {
     }
 
     /// Cuts a table into ranges.
-    pub(super) async fn new_plan(&self, config: &Config, wanted: &Wanted, found: &Found, lanes: usize) -> Result<Plan> {
+    pub(super) async fn new_plan(&self, config: &Config, wanted: &Wanted, found: &Table, lanes: usize) -> Result<Plan> {
         let filter = wanted.filter.as_deref();
         let lanes = lanes.max(Plan::lanes(&config.state.dir)?);
         let (order, storage) = self.order(found).await?;
@@ -149,8 +149,8 @@ impl Source {
     }
 
     /// What a table is cut by; where that is the place of its rows, also which files they are in.
-    async fn order(&self, found: &Found) -> Result<(Vec<Part>, Option<String>)> {
-        let mut order = statement::order(&found.table, &self.key(found).await?);
+    async fn order(&self, found: &Table) -> Result<(Vec<Part>, Option<String>)> {
+        let mut order = statement::order(found, &self.key(found).await?);
         if self.is_scattered(found, &order[0].column).await? {
             order = statement::by_place();
         }
@@ -160,18 +160,18 @@ impl Source {
 
     /// Whether a large table's rows lie in another order than its key's, so that reading them by the key would take a block
     /// for each row. After a crash a copy by place leans on the updates of the stream, so these must be complete.
-    async fn is_scattered(&self, found: &Found, column: &str) -> Result<bool> {
+    async fn is_scattered(&self, found: &Table, column: &str) -> Result<bool> {
         let sql = "SELECT pg_relation_size(c.oid) >= $3 \
                        AND (c.relreplident = 'f' OR coalesce(pg_relation_size(nullif(c.reltoastrelid, 0)), 0) = 0) \
                        AND EXISTS (SELECT FROM pg_stats s WHERE s.schemaname = n.nspname AND s.tablename = c.relname \
                            AND s.attname::text = $2 AND abs(s.correlation) < 0.9) \
                    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1";
-        let row = self.client.query_one(sql, &[&found.table.relation.oid, &column, &LARGE]).await;
+        let row = self.client.query_one(sql, &[&found.relation.oid, &column, &LARGE]).await;
         Ok(row.map_err(|e| failed(&e))?.get(0))
     }
 
     /// The columns of a table's primary key, in no order. (That of Postgres 18 WITHOUT OVERLAPS is no btree, and gives no order.)
-    async fn key(&self, found: &Found) -> Result<Vec<Part>> {
+    async fn key(&self, found: &Table) -> Result<Vec<Part>> {
         let sql = "SELECT a.attname::text, format_type(a.atttypid, a.atttypmod), \
                        CASE WHEN o.opcnamespace <> 'pg_catalog'::regnamespace AND h.amname = 'btree' THEN ARRAY( \
                            SELECT format('OPERATOR(%I.%s)', n.nspname, p.oprname) \
@@ -181,7 +181,7 @@ impl Source {
                    FROM pg_index i, unnest(i.indkey::int2[], i.indclass::oid[]) AS k (attnum, class) \
                        JOIN pg_opclass o ON o.oid = k.class JOIN pg_am h ON h.oid = o.opcmethod, pg_attribute a \
                    WHERE i.indrelid = $1 AND i.indisprimary AND a.attrelid = i.indrelid AND a.attnum = k.attnum";
-        let rows = self.client.query(sql, &[&found.table.relation.oid]).await.map_err(|e| failed(&e))?;
+        let rows = self.client.query(sql, &[&found.relation.oid]).await.map_err(|e| failed(&e))?;
         let part = |row: &tokio_postgres::Row| {
             let operators: Option<Vec<String>> = row.get(2);
             let operators = operators.map(|list| {
@@ -195,22 +195,22 @@ impl Source {
     }
 
     /// The files that a table's rows are in.
-    async fn storage(&self, found: &Found) -> Result<String> {
+    async fn storage(&self, found: &Table) -> Result<String> {
         let sql = "SELECT coalesce(string_agg(pg_relation_filenode(relid)::text, ' ' ORDER BY relid), \
                    pg_relation_filenode($1::oid)::text) FROM pg_partition_tree($1::oid) WHERE isleaf";
-        let row = self.client.query_one(sql, &[&found.table.relation.oid]).await.map_err(|e| failed(&e))?;
+        let row = self.client.query_one(sql, &[&found.relation.oid]).await.map_err(|e| failed(&e))?;
         Ok(row.get::<_, Option<String>>(0).unwrap_or_default())
     }
 
     /// The planner's guess of the rows; a condition that is no SQL is found here.
-    async fn estimate(&self, found: &Found, filter: Option<&str>) -> Result<u64> {
+    async fn estimate(&self, found: &Table, filter: Option<&str>) -> Result<u64> {
         let conditions = statement::conditions(found.row_filter.as_deref(), filter);
-        let sql = format!("EXPLAIN (FORMAT JSON) SELECT FROM {} WHERE {conditions}", found.table.sql_source());
+        let sql = format!("EXPLAIN (FORMAT JSON) SELECT FROM {} WHERE {conditions}", found.sql_source());
         let answer = self.client.simple_query(&sql).await.map_err(|e| match (e.as_db_error(), filter) {
             (Some(db), Some(filter)) if db.code().code().starts_with("42") => Error::refused(
                 "backfill_where",
                 format!("--where {filter:?}: {}", db.message()),
-                format!("an SQL condition on the columns of {}; only pg_catalog is searched", found.table.sql_name()),
+                format!("an SQL condition on the columns of {}; only pg_catalog is searched", found.sql_name()),
                 "mend --where; write functions, types and tables of other schemas with the schema's name",
             ),
             _ => failed(&e),
@@ -226,7 +226,7 @@ impl Source {
         Ok(plan[0]["Plan"]["Plan Rows"].as_u64().unwrap_or(0))
     }
 
-    async fn ranges(&self, found: &Found, order: &[Part], filter: Option<&str>, count: u64) -> Result<Vec<Range>> {
+    async fn ranges(&self, found: &Table, order: &[Part], filter: Option<&str>, count: u64) -> Result<Vec<Range>> {
         let leaves = self.leaves(found).await?;
         if is_by_place(order) {
             let total: u64 = leaves.iter().map(|(_, blocks)| blocks).sum();
@@ -236,7 +236,7 @@ impl Source {
             };
             return Ok(leaves.into_iter().flat_map(cut).collect());
         }
-        let source = found.table.sql_source();
+        let source = found.sql_source();
         if count == 1 {
             return Ok(statement::ranges(&source, Vec::new()));
         }
@@ -248,13 +248,13 @@ impl Source {
     }
 
     /// What holds the rows: the table itself, or its partitions; each with its number of blocks.
-    async fn leaves(&self, found: &Found) -> Result<Vec<(String, u64)>> {
+    async fn leaves(&self, found: &Table) -> Result<Vec<(String, u64)>> {
         let sql = "SELECT n.nspname::text, c.relname::text, \
                        pg_relation_size(c.oid) / current_setting('block_size')::bigint \
                    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
                    WHERE c.oid IN (SELECT $1::oid UNION SELECT relid::oid FROM pg_partition_tree($1::oid) WHERE isleaf) \
                        AND c.relkind = 'r' ORDER BY c.oid";
-        let rows = self.client.query(sql, &[&found.table.relation.oid]).await.map_err(|e| failed(&e))?;
+        let rows = self.client.query(sql, &[&found.relation.oid]).await.map_err(|e| failed(&e))?;
         let leaf = |row: &tokio_postgres::Row| {
             let name = format!("ONLY {}.{}", ident(row.get(0)), ident(row.get(1)));
             (name, row.get::<_, i64>(2).unsigned_abs())
@@ -263,17 +263,11 @@ impl Source {
     }
 }
 
-/// A published table, and the publication's condition on its rows.
-pub(super) struct Found {
-    pub table: Table,
-    pub row_filter: Option<String>,
-}
-
 /// The published tables that are wanted.
 ///
 /// # Errors
 /// [`Error::Refused`] for one that is not published or cannot be read.
-pub(super) async fn find(config: &Config, client: &Client, wanted: &[Wanted]) -> Result<Vec<Found>> {
+pub(super) async fn find(config: &Config, client: &Client, wanted: &[Wanted]) -> Result<Vec<Table>> {
     let publication = &config.postgres.publication;
     let published = catalog::published(client, publication).await?;
     let mut found = Vec::new();
@@ -295,13 +289,7 @@ pub(super) async fn find(config: &Config, client: &Client, wanted: &[Wanted]) ->
                 format!("GRANT SELECT ON {} TO the role of [postgres].url", table.sql_name()),
             ));
         }
-        // Row filters came with Postgres 15; to_jsonb gives NULL where there is no such column.
-        let sql = "SELECT to_jsonb(p) ->> 'rowfilter' FROM pg_publication_tables p \
-                   WHERE pubname::text = $1 AND schemaname::text = $2 AND tablename::text = $3";
-        let relation = &table.relation;
-        let row = client.query_one(sql, &[publication, &relation.namespace, &relation.name]).await;
-        let row_filter = row.map_err(|e| failed(&e))?.get(0);
-        found.push(Found { table: table.clone(), row_filter });
+        found.push(table.clone());
     }
     Ok(found)
 }
@@ -309,9 +297,9 @@ pub(super) async fn find(config: &Config, client: &Client, wanted: &[Wanted]) ->
 /// The lock of the pipeline's backfill, then the transaction that is to see the snapshot.
 ///
 /// The tables are locked *before* there is a snapshot: one that is rewritten between the two would look empty in it.
-pub(super) async fn begin(world: &World, client: &Client, tables: &[Found]) -> Result<()> {
+pub(super) async fn begin(world: &World, client: &Client, tables: &[Table]) -> Result<()> {
     lock(world, client).await?;
-    let names: Vec<_> = tables.iter().map(|found| found.table.sql_source()).collect();
+    let names: Vec<_> = tables.iter().map(|found| found.sql_source()).collect();
     let sql = format!("{BEGIN}; LOCK TABLE {} IN ACCESS SHARE MODE", names.join(", "));
     client.batch_execute(&sql).await.map_err(|e| failed(&e))
 }

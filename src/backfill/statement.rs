@@ -220,6 +220,7 @@ mod tests {
             type_oids: Vec::new(),
             partitioned: false,
             readable: true,
+            row_filter: None,
         }
     }
 

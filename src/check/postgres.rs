@@ -387,7 +387,9 @@ fn lookup_state(config: &Config, base: &Result<Option<BaseHeader>>, identity: Op
     let Some(base) = base.as_ref().map_err(clone)? else { return Err(unknown_state(dir, slot)) };
     if let Some(identity) = identity {
         state_is_ours(dir, Some(base), identity)?;
+        enrich::require_identity(dir, base, identity)?;
     }
+    enrich::require_columns(dir, &base.tables, &config.tables)?;
     let text = format!("{}: as of {}", dir.display(), base.lsn);
     if base.adopted {
         return Ok(Found::with_advice(
@@ -421,7 +423,7 @@ pub fn unknown_state(dir: &Path, slot: &str) -> Error {
         "lookup_state",
         format!("{} holds no lookup state of slot \"{slot}\"", dir.display()),
         "the lookup rows as of the slot's position, which `falaj init` writes when it makes the slot",
-        "restore state.dir; or falaj init --adopt-slot, which takes the rows of now (events from before now are then \
+        "restore state.dir as it was when produce last ended; or falaj init --adopt-slot, which takes the rows of now (events from before now are then \
          enriched with these); or drop the slot and run falaj init, which begins anew from now",
     )
 }

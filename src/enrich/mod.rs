@@ -46,6 +46,32 @@ pub fn wanted(tables: &[config::Table]) -> Vec<(String, Vec<String>)> {
     wanted
 }
 
+/// Whether a state is that of this stream.
+///
+/// # Errors
+/// [`Error::Refused`] with both identities.
+pub fn require_identity(dir: &Path, header: &BaseHeader, identity: &SlotIdentity) -> Result<()> {
+    match header.identity == *identity {
+        true => Ok(()),
+        false => Err(refused(dir, format!("the state of {}; this is {identity}", header.identity))),
+    }
+}
+
+/// Whether a state has the lookup columns of the configuration.
+///
+/// # Errors
+/// [`Error::Refused`] with the first one that it lacks.
+pub fn require_columns(dir: &Path, known: &[LookupTable], tables: &[config::Table]) -> Result<()> {
+    for (table, columns) in wanted(tables) {
+        // A lookup that no published table uses is in no base; one that a table needs is looked for in `layout`.
+        let Some(found) = known.iter().find(|t| t.table == table) else { continue };
+        if let Some(column) = columns.iter().find(|c| !found.columns.iter().any(|k| k.name == **c)) {
+            return Err(refused(dir, format!("no column \"{column}\" of lookup table \"{table}\"")));
+        }
+    }
+    Ok(())
+}
+
 /// Whether the lookup tables of a state are, in the catalogue, still what the stream has shown.
 ///
 /// # Errors
@@ -97,17 +123,8 @@ impl Enricher {
         if caches.is_empty() {
             caches = Cache::all(&header.tables);
         }
-        if header.identity != *identity {
-            return Err(refused(dir, format!("the state of {}; this is {identity}", header.identity)));
-        }
-        for (table, columns) in wanted(tables) {
-            let cache = caches.iter().find(|c| c.table.table == table);
-            // A lookup that no published table uses is in no base; one that a table needs is looked for in `layout`.
-            let known = |column: &String| cache.is_none_or(|c| c.table.columns.iter().any(|k| k.name == *column));
-            if let Some(column) = columns.iter().find(|c| !known(c)) {
-                return Err(refused(dir, format!("no column \"{column}\" of lookup table \"{table}\"")));
-            }
-        }
+        require_identity(dir, &header, identity)?;
+        require_columns(dir, &header.tables, tables)?;
         let adoption = header.adopted_snapshot.as_ref().map(|snapshot| {
             Adoption::parse(snapshot).ok_or_else(|| refused(dir, format!("adopted_snapshot is {snapshot:?}")))
         });
@@ -297,7 +314,7 @@ fn refused(dir: &Path, found: String) -> Error {
         "lookup_state",
         format!("{}: {found}", dir.display()),
         "the lookup state of this slot, with every lookup column of the configuration",
-        "restore state.dir, or run falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
+        state::RESTORE,
     )
 }
 

@@ -158,6 +158,8 @@ impl BaseWriter {
             line(&mut self.out, &End { rows: self.rows })?;
             self.out.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
             fs::rename(&self.tmp, dir.join(BASE))?;
+            // Never an old base without its log.
+            File::open(&dir)?.sync_all()?;
             // Entries that the new base already holds are told apart by position, so a crash between the two steps is harmless.
             File::create(dir.join(CHANGES))?.sync_all()?;
             File::open(&dir)?.sync_all()
@@ -165,6 +167,21 @@ impl BaseWriter {
         at(&dir, whole)
     }
 }
+
+/// Removes the base, where there is one.
+///
+/// # Errors
+/// [`Error::Fatal`] with the path when the disk refuses.
+pub fn forget(dir: &Path) -> Result<()> {
+    match fs::remove_file(dir.join(BASE)) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        removed => at(dir, removed.and_then(|()| File::open(dir)?.sync_all())),
+    }
+}
+
+/// An older copy would not be noticed.
+pub(super) const RESTORE: &str = "restore state.dir as it was when produce last ended, or run falaj init --adopt-slot (older events are then \
+                                  enriched with the lookup rows of now)";
 
 /// Reads the header of the base; `None` when there is no base.
 ///
@@ -320,7 +337,7 @@ fn missing(dir: &Path, found: &str) -> Error {
         "lookup_state",
         format!("{}: {found}", dir.display()),
         "the lookup state that `falaj init` wrote when it made the slot",
-        "restore state.dir, or run falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
+        RESTORE,
     )
 }
 

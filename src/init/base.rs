@@ -118,8 +118,9 @@ pub(super) async fn write(
     })
     .await?;
     client.batch_execute("COMMIT").await.map_err(failed)?;
-    out.finish()?;
+    // With the base everything counts as written.
     origin.map_or(Ok(()), |origin| origin::write(dir, &origin))?;
+    out.finish()?;
     Ok(count)
 }
 
@@ -160,7 +161,9 @@ pub(crate) async fn now(client: &Client) -> Result<Snapshot> {
 fn select(lookup: &Lookup) -> String {
     let columns = [&lookup.table.key].into_iter().chain(&lookup.table.columns);
     let list: Vec<_> = columns.map(|c| output(&ident(&c.name))).collect();
-    format!("SELECT {} FROM {}", list.join(", "), lookup.source.sql_source())
+    // What the publication filters out is not streamed either.
+    let filter = lookup.source.row_filter.as_ref().map(|filter| format!(" WHERE {filter}")).unwrap_or_default();
+    format!("SELECT {} FROM {}{filter}", list.join(", "), lookup.source.sql_source())
 }
 
 /// The text that the stream has of a column, by the type's output function. A cast to text is another thing: it writes
@@ -189,6 +192,7 @@ mod tests {
             type_oids: Vec::new(),
             partitioned: false,
             readable: true,
+            row_filter: None,
         }
     }
 

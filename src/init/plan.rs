@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use tokio_postgres::Client;
 use tracing::info;
@@ -17,6 +18,7 @@ use crate::enrich::state::{self, BaseHeader};
 use crate::error::{Error, Result};
 use crate::kafka;
 use crate::lsn::{Lsn, SlotIdentity};
+use crate::produce;
 use crate::source::catalog::{self, Table};
 use crate::source::conn::{Conninfo, sql_error};
 use crate::source::slot;
@@ -73,6 +75,7 @@ enum Step {
         name: String,
         state: String,
         confirmed: Lsn,
+        origin: Lsn,
     },
 }
 
@@ -92,10 +95,11 @@ impl Plan {
         let mut plan = Self { conninfo, client, identity, role, present: Vec::new(), steps: Vec::new() };
         let made = if args.with_tables { plan.plan_tables().await? } else { Vec::new() };
         let published = plan.plan_publication(config, &made).await?;
+        let sources = config.sources(published.clone())?;
         if config.produce.sinks.contains(&SinkName::Kafka) {
-            plan.plan_topics(world, &config.sources(published.clone())?).await?;
+            plan.plan_topics(world, &sources).await?;
         }
-        plan.plan_slot(config, args).await?;
+        plan.plan_slot(world, args).await?;
         plan.refuse_writes_on_a_standby()?;
         if args.snapshot {
             plan.plan_snapshot(world, &published)?;
@@ -219,8 +223,8 @@ impl Plan {
         Ok(())
     }
 
-    async fn plan_slot(&mut self, config: &Config, args: &cli::Init) -> Result<()> {
-        let adopt = args.adopt_slot;
+    async fn plan_slot(&mut self, world: &World, args: &cli::Init) -> Result<()> {
+        let (config, adopt) = (&world.config, args.adopt_slot);
         let name = config.postgres.slot.clone();
         let state = config.state.dir.display().to_string();
         writable("state_dir", "state.dir", &config.state.dir)?;
@@ -250,8 +254,37 @@ impl Plan {
                 "stop that falaj produce (or run) first",
             ));
         }
-        self.steps.push(Step::Adopt { name, state, confirmed: found.confirmed_flush_lsn });
+        let confirmed = found.confirmed_flush_lsn;
+        let origin = world.at_start("kafka", || self.origin(config, base.as_ref(), confirmed)).await?;
+        self.steps.push(Step::Adopt { name, state, confirmed, origin });
         Ok(())
+    }
+
+    /// Where sinks without a position may begin after an adoption: it is about lookup rows, and must not make a lost sink look
+    /// like a new one.
+    async fn origin(&self, config: &Arc<Config>, base: Option<&BaseHeader>, confirmed: Lsn) -> Result<Lsn> {
+        let checkpoint = config.checkpoint_topic();
+        let is_new = self.steps.iter().any(|step| matches!(step, Step::Topic { name, .. } if *name == checkpoint));
+        let (mut there, mut lost) = (Vec::new(), Vec::new());
+        for name in &config.produce.sinks {
+            match name {
+                SinkName::Kafka if is_new => lost.push("kafka"),
+                _ => match produce::peek(*name, config, &self.identity, None).await? {
+                    (label, None) => lost.push(label),
+                    (label, Some(_)) => there.push(label),
+                },
+            }
+        }
+        match (base, lost.first()) {
+            _ if there.is_empty() => Ok(confirmed),
+            (Some(base), _) => Ok(base.origin),
+            (None, None) => Ok(confirmed),
+            (None, Some(sink)) => {
+                let found =
+                    format!("{sink} has no position, {} has, and the slot stands at {confirmed}", there.join(", "));
+                Err(slot::lost_sink(sink, found, confirmed))
+            }
+        }
     }
 
     /// Gives the new slot's snapshot, where there is one and it is needed.
@@ -268,7 +301,10 @@ impl Plan {
                 kafka::create_topic(&config.kafka, name, *partitions, settings).await?;
             }
             Step::Slot { failover, .. } => return self.create_slot(world, *failover).await,
-            Step::Adopt { confirmed, .. } => self.adopt_slot(config, *confirmed).await?,
+            Step::Adopt { confirmed, origin, .. } => {
+                let lookups = self.lookups(config).await?;
+                self.write_base(config, None, *confirmed, *origin, &lookups).await?;
+            }
             Step::Snapshot { .. } => {}
         }
         Ok(None)
@@ -288,6 +324,9 @@ impl Plan {
             Some(copied) => Some(backfill::begin(world, &self.conninfo, copied).await?),
             None => None,
         };
+        // What an earlier slot of this name has left would look like this one's, were the process killed before its own is there.
+        state::forget(&config.state.dir)?;
+        backfill::forget(&config.state.dir)?;
         let mut wire = Wire::connect(&self.conninfo, APPLICATION).await?;
         let (at, snapshot) = tokio::select! {
             made = snapshot::new_slot(&mut wire, slot, if failover { Kind::Failover } else { Kind::Permanent }) => made?,
@@ -299,7 +338,7 @@ impl Plan {
             if let (Some(source), Some(copied)) = (&source, &copied) {
                 backfill::prepare(world, source, copied, SPEED.jobs).await?;
             }
-            self.write_base(config, Some(&snapshot), at, &lookups).await
+            self.write_base(config, Some(&snapshot), at, at, &lookups).await
         };
         let written = tokio::select! {
             written = write => written,
@@ -340,22 +379,24 @@ impl Plan {
         }
     }
 
-    async fn adopt_slot(&self, config: &Config, confirmed: Lsn) -> Result<()> {
-        let lookups = self.lookups(config).await?;
-        self.write_base(config, None, confirmed, &lookups).await
-    }
-
     async fn lookups(&self, config: &Config) -> Result<Vec<Lookup>> {
         let published: Vec<Table> = catalog::published(&self.client, &config.postgres.publication).await?;
         base::lookups(&published, &config.tables)
     }
 
-    async fn write_base(&self, config: &Config, snapshot: Option<&str>, at: Lsn, lookups: &[Lookup]) -> Result<()> {
+    async fn write_base(
+        &self,
+        config: &Config,
+        snapshot: Option<&str>,
+        at: Lsn,
+        origin: Lsn,
+        lookups: &[Lookup],
+    ) -> Result<()> {
         let header = BaseHeader {
             version: 1,
             identity: self.identity.clone(),
             lsn: at,
-            origin: at,
+            origin,
             adopted: snapshot.is_none(),
             adopted_snapshot: None,
             tables: lookups.iter().map(|l| l.table.clone()).collect(),
@@ -401,7 +442,7 @@ impl fmt::Display for Step {
             }
             Self::Slot { .. } => write!(f, "{}, as of where it begins", self.noun()),
             Self::Snapshot { .. } => write!(f, "{}, as op r", self.noun()),
-            Self::Adopt { name, state, confirmed } => write!(
+            Self::Adopt { name, state, confirmed, .. } => write!(
                 f,
                 "adopt slot \"{name}\" at {confirmed}: lookup rows of now in {state}; \
                  events from before now are enriched with the rows of now, not with those of their own time"
@@ -430,7 +471,7 @@ fn list(names: &[String]) -> String {
     if names.is_empty() { "no table".to_owned() } else { names.join(", ") }
 }
 
-async fn topics(config: &std::sync::Arc<Config>) -> Result<BTreeMap<String, usize>> {
+async fn topics(config: &Arc<Config>) -> Result<BTreeMap<String, usize>> {
     let config = config.clone();
     let read = move || kafka::topics(&config.kafka, kafka::TIMEOUT);
     tokio::task::spawn_blocking(read).await.map_err(|e| Error::fatal("reading the topics", e))?

@@ -162,7 +162,7 @@ async fn open_sink(name: SinkName, world: &World, identity: &SlotIdentity, table
 }
 
 /// Reads a sink's position without taking the sink over; `settled` as in [`sink::kafka::peek`].
-pub(super) async fn peek(
+pub(crate) async fn peek(
     name: SinkName,
     config: &Arc<Config>,
     identity: &SlotIdentity,

@@ -21,6 +21,8 @@ pub struct Table {
     pub partitioned: bool,
     /// Whether the session's role may SELECT from it.
     pub readable: bool,
+    /// The publication's condition on its rows, as SQL; `None` without one.
+    pub row_filter: Option<String>,
 }
 
 /// Name outside: bare in schema public, else `schema.table`.
@@ -89,9 +91,10 @@ pub async fn published_names(client: &Client, publication: &str) -> Result<Vec<S
 /// # Errors
 /// [`crate::error::Error::Unreachable`] when the connection is lost.
 pub async fn published(client: &Client, publication: &str) -> Result<Vec<Table>> {
-    // Column lists came with Postgres 15; to_jsonb gives NULL where there is no such column.
+    // Column lists and row filters came with Postgres 15; to_jsonb gives NULL where there is no such column.
     let sql = format!(
-        "SELECT {TABLE}, ARRAY(SELECT pg_catalog.jsonb_array_elements_text(pg_catalog.to_jsonb(p) -> 'attnames')) \
+        "SELECT {TABLE}, ARRAY(SELECT pg_catalog.jsonb_array_elements_text(pg_catalog.to_jsonb(p) -> 'attnames')), \
+             pg_catalog.to_jsonb(p) ->> 'rowfilter' \
          FROM pg_catalog.pg_publication_tables p \
          JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname \
          JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename \
@@ -101,7 +104,8 @@ pub async fn published(client: &Client, publication: &str) -> Result<Vec<Table>>
     let mut tables = Vec::new();
     for row in &rows {
         let listed: Vec<String> = row.get(6);
-        tables.push(describe(client, row, Some(listed).filter(|l| !l.is_empty())).await?);
+        let table = describe(client, row, Some(listed).filter(|l| !l.is_empty())).await?;
+        tables.push(Table { row_filter: row.get(7), ..table });
     }
     Ok(tables)
 }
@@ -139,5 +143,5 @@ async fn describe(client: &Client, row: &Row, listed: Option<Vec<String>>) -> Re
     let type_oids = relation.columns.iter().map(|c| c.type_oid).collect();
     types::resolve(client, &mut relation.columns, &Told::default()).await?;
     let primary_key = key.into_iter().map(|(_, name)| name).collect();
-    Ok(Table { relation, type_oids, primary_key, partitioned: row.get(3), readable: row.get(5) })
+    Ok(Table { relation, type_oids, primary_key, partitioned: row.get(3), readable: row.get(5), row_filter: None })
 }

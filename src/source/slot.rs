@@ -8,6 +8,9 @@ use crate::error::{Error, Result};
 use crate::lsn::{Checkpoint, Lsn};
 use crate::schema::{Column, Relation};
 
+/// Where what the sinks have is no beginning of what the slot brings.
+const ANEW: &str = "start anew: another pipeline, archive.dir and bigquery.dataset, drop the slot, falaj init --snapshot (docs/operations.md)";
+
 /// A row of `pg_replication_slots`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlotState {
@@ -54,7 +57,7 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<SlotState>> {
 /// # Errors
 /// [`Error::Refused`] with the ways out.
 pub fn require(slot: &str, state: Option<SlotState>, database: &str) -> Result<SlotState> {
-    let refuse = |found: String, fix: &str| {
+    let refuse = |found: String, fix: String| {
         Error::refused(
             "slot",
             found,
@@ -63,24 +66,24 @@ pub fn require(slot: &str, state: Option<SlotState>, database: &str) -> Result<S
         )
     };
     let Some(state) = state else {
-        return Err(refuse(format!("no slot \"{slot}\""), "falaj init"));
+        return Err(refuse(format!("no slot \"{slot}\""), "falaj init".to_owned()));
     };
     if state.plugin.as_deref() != Some("pgoutput") {
         return Err(refuse(
             format!("slot \"{slot}\" has plugin {:?}", state.plugin),
-            "choose another postgres.slot, then falaj init",
+            "choose another postgres.slot, then falaj init".to_owned(),
         ));
     }
     if state.database.as_deref() != Some(database) {
         return Err(refuse(
             format!("slot \"{slot}\" belongs to database {:?}", state.database.unwrap_or_default()),
-            "connect to that database, or choose another postgres.slot",
+            "connect to that database, or choose another postgres.slot".to_owned(),
         ));
     }
     if state.wal_status.as_deref() == Some("lost") {
         return Err(refuse(
             format!("slot \"{slot}\" is lost: {}", why_lost(state.invalidation.as_deref())),
-            "changes are missing for good; drop the slot, choose another pipeline name, falaj init, and backfill",
+            format!("changes are missing for good; {ANEW}"),
         ));
     }
     Ok(state)
@@ -98,6 +101,16 @@ fn why_lost(invalidation: Option<&str>) -> &str {
     }
 }
 
+/// The refusal of a sink that has lost what it had.
+pub fn lost_sink(sink: &str, found: String, confirmed: Lsn) -> Error {
+    Error::refused(
+        "sink_position",
+        found,
+        format!("a {sink} that has everything below {confirmed}"),
+        format!("put the {sink} data back, or take \"{sink}\" out of produce.sinks, or {ANEW}"),
+    )
+}
+
 /// Refuses a sink's position that does not fit the slot: nothing may be skipped, and nothing invented.
 ///
 /// # Errors
@@ -113,17 +126,10 @@ pub fn require_position(
         if confirmed == origin {
             return Ok(Checkpoint::whole(origin));
         }
-        return Err(Error::refused(
-            "sink_position",
-            format!(
-                "{sink} has no position, and the slot has been acknowledged up to {confirmed} (it began at {origin})"
-            ),
-            format!("a {sink} that has everything below {confirmed}"),
-            format!(
-                "put the {sink} data back, or take \"{}\" out of produce.sinks, or start anew: another pipeline name, drop the slot, falaj init",
-                sink
-            ),
-        ));
+        let found = format!(
+            "{sink} has no position, and the slot has been acknowledged up to {confirmed} (it began at {origin})"
+        );
+        return Err(lost_sink(sink, found, confirmed));
     };
     if confirmed > position.resume {
         return Err(Error::refused(
@@ -134,7 +140,7 @@ pub fn require_position(
             ),
             format!("confirmed_flush_lsn at or below the position of every sink ({})", position.resume),
             format!(
-                "the changes in between will not come again: put back the {sink} data that reaches {confirmed}, or start anew: another pipeline name, drop the slot, falaj init"
+                "the changes in between will not come again: put back the {sink} data that reaches {confirmed}, or {ANEW}"
             ),
         ));
     }
@@ -146,7 +152,7 @@ pub fn require_position(
                 position.resume
             ),
             "a server that has everything the sinks have",
-            "connect to the right server; after a restore start anew: another pipeline name, drop the slot, falaj init",
+            format!("connect to the right server; after a restore {ANEW}"),
         ));
     }
     Ok(position)

@@ -214,13 +214,5 @@ async fn tables(client: &Client, publication: &str) -> Result<Vec<Table>> {
             "falaj init",
         ));
     }
-    // Row filters came with Postgres 15.
-    let sql = "SELECT n.nspname::text, c.relname::text, pg_catalog.to_jsonb(p) ->> 'rowfilter' \
-               FROM pg_catalog.pg_publication_tables p JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname \
-               JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename WHERE p.pubname::text = $1";
-    let rows = client.query(sql, &[&publication]).await.map_err(|e| sql_error("reading the publication", &e))?;
-    let filters: BTreeMap<(String, String), Option<String>> =
-        rows.iter().map(|row| ((row.get(0), row.get(1)), row.get(2))).collect();
-    let filter = |t: &catalog::Table| filters.get(&(t.relation.namespace.clone(), t.relation.name.clone()));
-    Ok(published.iter().map(|t| Table::of(t, filter(t).and_then(Option::as_deref))).collect())
+    Ok(published.iter().map(Table::of).collect())
 }

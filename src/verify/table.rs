@@ -42,14 +42,13 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// `row_filter` is that of the publication.
-    pub(super) fn of(table: &catalog::Table, row_filter: Option<&str>) -> Self {
+    pub(super) fn of(table: &catalog::Table) -> Self {
         let relation = &table.relation;
         let columns: Vec<_> = relation.columns.iter().map(|c| (c.name.clone(), c.ty())).collect();
         let key = key(table);
         let names = columns.iter().map(|(name, _)| ident(name));
         let list: Vec<_> = ["xmin".to_owned()].into_iter().chain(names).collect();
-        let filter = row_filter.map(|filter| format!(" WHERE {filter}")).unwrap_or_default();
+        let filter = table.row_filter.as_ref().map(|filter| format!(" WHERE {filter}")).unwrap_or_default();
         let select = format!("SELECT {} FROM {}{filter}", list.join(", "), table.sql_source());
         let keyed = !key.is_empty();
         let key = if keyed { key } else { (0..columns.len()).collect() };
