@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
+use tracing::warn;
 
-use crate::check::postgres::{free_slot, unknown_state};
+use crate::check::postgres::{free_slot, identity, unknown_state};
 use crate::cli;
 use crate::enrich::copy_state;
 use crate::enrich::state::require_header;
@@ -27,6 +28,8 @@ const APPLICATION: &str = "falaj bookmark";
 const DIR: &str = "bookmarks";
 /// Written last: with it the bookmark is whole.
 const FILE: &str = "bookmark.json";
+/// Written first: from here on there may be a slot of this name, and it is ours.
+const BEGUN: &str = "begun";
 /// Longest name of a slot (NAMEDATALEN).
 const LONGEST: usize = 63;
 
@@ -97,7 +100,7 @@ pub async fn run(world: &World, args: &cli::Bookmark) -> Result<()> {
         Some(name) => {
             require_name(name)?;
             if args.drop {
-                remove(world, &client, name).await
+                remove(world, &client, &conninfo, name).await
             } else {
                 make(world, &client, conninfo.dbname(), name).await
             }
@@ -116,7 +119,7 @@ fn require_name(name: &str) -> Result<()> {
 async fn make(world: &World, client: &Client, database: &str, name: &str) -> Result<()> {
     let config = &world.config;
     let dir = config.state.dir.join(DIR).join(name);
-    if read(&dir)?.is_some() || pins::pinned(client, name).await?.is_some() {
+    if read(&dir)?.is_some() || dir.join(BEGUN).exists() || pins::pinned(client, name).await?.is_some() {
         return Err(Error::refused(
             "bookmark",
             format!("there is a bookmark or a slot \"{name}\" already"),
@@ -126,15 +129,40 @@ async fn make(world: &World, client: &Client, database: &str, name: &str) -> Res
     }
     slot::require(&config.postgres.slot, slot::read(client, &config.postgres.slot).await?, database)?;
     free_slot(client, name).await?;
-    let lsn = pins::copy(client, &config.postgres.slot, name).await?;
+    begin(&dir)?;
+    let lsn = match pins::copy(client, &config.postgres.slot, name).await {
+        Ok(lsn) => lsn,
+        // The server has answered no. Where it has not answered, the slot may be there.
+        Err(error) if !error.is_transient() => {
+            remove_directory(&dir)?;
+            return Err(error);
+        }
+        Err(error) => return Err(error),
+    };
     let bookmark = Bookmark { pipeline: config.pipeline.clone(), slot: config.postgres.slot.clone(), lsn, dir };
     // The slot first: what the state holds then reaches at least as far.
     if let Err(error) = store(&config.state.dir, &bookmark, name) {
         pins::drop_slot(client, name).await?;
+        remove_directory(&bookmark.dir)?;
         return Err(error);
     }
     let pinned = pins::pinned(client, name).await?;
     print(&format!("{}falaj bookmark --drop {name} releases it\n", line(name, &bookmark, pinned.as_ref())))
+}
+
+/// Notes durably that a slot is about to be made, so that it is known whose it is when this process is killed.
+fn begin(dir: &Path) -> Result<()> {
+    let written = (|| {
+        fs::create_dir_all(dir)?;
+        fs::File::create(dir.join(BEGUN))?.sync_all()?;
+        fs::File::open(dir)?.sync_all()?;
+        fs::File::open(dir.parent().unwrap_or(dir))?.sync_all()
+    })();
+    written.map_err(|e| Error::fatal(format_args!("writing {}", dir.display()), e))
+}
+
+fn remove_directory(dir: &Path) -> Result<()> {
+    fs::remove_dir_all(dir).map_err(|e| Error::fatal(format_args!("removing {}", dir.display()), e))
 }
 
 fn store(state: &Path, bookmark: &Bookmark, name: &str) -> Result<()> {
@@ -156,8 +184,12 @@ fn store(state: &Path, bookmark: &Bookmark, name: &str) -> Result<()> {
 
 async fn list(world: &World, client: &Client) -> Result<()> {
     let names = names(&world.config.state.dir)?;
-    if names.is_empty() {
+    let begun = begun(&world.config.state.dir)?;
+    if names.is_empty() && begun.is_empty() {
         return print("no bookmark\n");
+    }
+    for name in begun {
+        print(&format!("{name}  unfinished: falaj bookmark --drop {name} removes what there is of it\n"))?;
     }
     for name in names {
         let bookmark = Bookmark::find(&world.config.state.dir, &name)?;
@@ -186,13 +218,39 @@ fn pins(pinned: Option<&Pinned>) -> String {
 }
 
 /// The slots go first: while one of them is in use, everything stays.
-async fn remove(world: &World, client: &Client, name: &str) -> Result<()> {
-    let bookmark = Bookmark::find(&world.config.state.dir, name)?;
-    for slot in copies(&bookmark)?.iter().map(String::as_str).chain([name]) {
+async fn remove(world: &World, client: &Client, conninfo: &Conninfo, name: &str) -> Result<()> {
+    let state = &world.config.state.dir;
+    if begun(state)?.iter().any(|begun| begun == name) {
+        pins::drop_slot(client, name).await?;
+        remove_directory(&state.join(DIR).join(name))?;
+        return print(&format!("{name}, which was never finished, is removed\n"));
+    }
+    let bookmark = Bookmark::find(state, name)?;
+    let server = identity(conninfo, name).await?;
+    let made_on = require_header(bookmark.dir())?.identity;
+    if made_on.system_id != server.system_id {
+        return Err(Error::refused(
+            "bookmark",
+            format!("\"{name}\" was made on system {}, this server is {}", made_on.system_id, server.system_id),
+            "the server that has its slots",
+            format!("connect to it, or remove {}", bookmark.dir().display()),
+        ));
+    }
+    let mut slots = copies(&bookmark)?;
+    match slot::read(client, name).await? {
+        // Nobody reads a bookmark's own slot, so that it stands where it was made.
+        Some(found) if found.confirmed_flush_lsn != bookmark.lsn => {
+            warn!(
+                "slot \"{name}\" stands at {}, the bookmark's at {}: it is left",
+                found.confirmed_flush_lsn, bookmark.lsn
+            );
+        }
+        _ => slots.push(name.to_owned()),
+    }
+    for slot in &slots {
         pins::drop_slot(client, slot).await?;
     }
-    let dir = bookmark.dir();
-    fs::remove_dir_all(dir).map_err(|e| Error::fatal(format_args!("removing {}", dir.display()), e))?;
+    remove_directory(bookmark.dir())?;
     print(&format!("{name} is dropped, and with it what it pinned\n"))
 }
 
@@ -210,6 +268,13 @@ fn names(state: &Path) -> Result<Vec<String>> {
         }
     }
     Ok(names)
+}
+
+/// Those of which a killed process may have left a slot.
+fn begun(state: &Path) -> Result<Vec<String>> {
+    let dir = state.join(DIR);
+    let unfinished = |name: &String| dir.join(name).join(BEGUN).exists() && !dir.join(name).join(FILE).exists();
+    Ok(directories(&dir)?.into_iter().filter(unfinished).collect())
 }
 
 fn directories(dir: &Path) -> Result<Vec<String>> {

@@ -78,6 +78,42 @@ async fn a_bookmark_is_made_while_produce_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_bookmark_that_was_never_finished_is_listed_and_dropped() {
+    let p = Pipeline::new("bm_torn").await;
+    let (name, dir) = (format!("{}_torn", p.name), p.config.state.dir.join("bookmarks"));
+    // What a process leaves that is killed between the slot and its bookmark.
+    std::fs::create_dir_all(dir.join(&name)).unwrap();
+    std::fs::write(dir.join(&name).join("begun"), "").unwrap();
+    p.run(&format!("SELECT pg_copy_logical_replication_slot('{}', '{name}')", p.name)).await;
+    let listed = p.start(&["bookmark"]).ends_well().await;
+    assert!(listed.starts_with(&format!("{name}  unfinished: falaj bookmark --drop {name}")), "{listed}");
+    let again = p.start(&["bookmark", &name]).end().await;
+    assert!(again.code == Some(78) && again.log.contains(&format!("--drop {name}")), "{again:?}");
+    p.start(&["bookmark", "--drop", &name]).ends_well().await;
+    let left = p.text(&format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{name}'")).await;
+    assert_eq!((left.as_str(), dir.join(&name).exists()), ("0", false));
+    p.start(&["bookmark", &name]).ends_well().await;
+    p.start(&["bookmark", "--drop", &name]).ends_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_somebody_made_under_the_name_of_a_bookmark_is_not_dropped_with_it() {
+    let p = Pipeline::new("bm_taken").await;
+    for plugin in ["test_decoding", "pgoutput"] {
+        let name = format!("{}_{plugin}", p.name);
+        p.start(&["bookmark", &name]).ends_well().await;
+        p.run("INSERT INTO engagement_events (event_ts) VALUES (now())").await;
+        p.run(&format!("SELECT pg_drop_replication_slot('{name}')")).await;
+        p.run(&format!("SELECT pg_create_logical_replication_slot('{name}', '{plugin}')")).await;
+        p.start(&["bookmark", "--drop", &name]).ends_well().await;
+        let left = p.text(&format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{name}'")).await;
+        assert_eq!(left, "1", "{plugin}");
+        p.run(&format!("SELECT pg_drop_replication_slot('{name}')")).await;
+    }
+    assert_eq!(p.start(&["bookmark"]).ends_well().await, "no bookmark\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_saved_lsn_begins_a_fresh_installation_only_where_the_slot_still_has_it() {
     let p = Pipeline::new("bm_start").await;
     let whole = p.sibling("whole", "falaj").await;
