@@ -341,6 +341,10 @@ impl Config {
         if self.produce.sinks.is_empty() {
             return Err(refused("produce.sinks = []", "kafka, archive or both", "name at least one sink"));
         }
+        let mut named = std::collections::BTreeSet::new();
+        if let Some(sink) = self.produce.sinks.iter().find(|sink| !named.insert(**sink as u8)) {
+            return Err(refused(format!("produce.sinks names {sink:?} twice"), "each sink once", "remove one of them"));
+        }
         if !self.kafka.topic.contains("{table}") {
             return Err(refused(
                 format!("kafka.topic = {:?}", self.kafka.topic),
@@ -363,6 +367,9 @@ impl Config {
         }
         if self.external.in_flight == 0 {
             return Err(refused("external.in_flight = 0", "1 or more", "raise it"));
+        }
+        if self.external.timeout.0.is_zero() {
+            return Err(refused("external.timeout = 0", "more than 0: each request would time out", "raise it"));
         }
         let mut seen = std::collections::BTreeSet::new();
         match self.tables.iter().find(|t| !seen.insert(&t.name)) {
@@ -437,6 +444,8 @@ mod tests {
             ("FALAJ_KAFKA__PARTITIONS", "0"),
             ("FALAJ_PRODUCE__SINKS", "kafka,nowhere"),
             ("FALAJ_PIPELINE", "a b"),
+            ("FALAJ_PRODUCE__SINKS", "kafka,kafka"),
+            ("FALAJ_EXTERNAL__TIMEOUT", "0s"),
         ] {
             let got = Config::load(None, env(&[e])).unwrap_err();
             assert_eq!(got.exit_code(), 78, "{e:?}: {got}");
@@ -453,5 +462,14 @@ mod tests {
             let got = Config::load(Some(&file), env(&[])).unwrap_err().to_string();
             assert!(got.contains(key), "{got}");
         }
+    }
+
+    #[test]
+    fn a_line_that_is_no_toml_is_named_and_not_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f.toml");
+        std::fs::write(&file, "pipeline = \"a\"\n\n[kafka]\n\"sasl.password\" = secret\n").unwrap();
+        let got = Config::load(Some(&file), env(&[])).unwrap_err().to_string();
+        assert!(got.contains("f.toml, line 4: ") && !got.contains("secret"), "{got}");
     }
 }

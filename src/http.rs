@@ -32,6 +32,8 @@ const INDEX: &str = "falaj\n/livez\n/readyz\n/metrics\n/api/v1/status\n/api/v1/b
 const HEALTHCHECK: Duration = Duration::from_secs(5);
 /// Contents on the board unless `?top=N` says otherwise.
 const TOP: usize = 10;
+/// … and at most: Redis answers nobody else while it reads them.
+const MOST: usize = 1000;
 
 /// Starts to serve on `http.listen`, until the process ends: it answers while the roles drain, too.
 ///
@@ -143,7 +145,7 @@ struct Top {
 }
 
 async fn board(State(face): State<Face>, Query(Top { top }): Query<Top>) -> Response {
-    match read_board(&face.world.config, top.unwrap_or(TOP)).await {
+    match read_board(&face.world.config, top.unwrap_or(TOP).min(MOST)).await {
         Ok(view) => Json(view).into_response(),
         Err(e) => {
             let status =

@@ -1,5 +1,6 @@
 //! The `falaj` binary: reads the command line and the configuration, runs one role, maps its error to an exit code.
 
+use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
@@ -72,9 +73,24 @@ fn bound_heap(verb: &Verb) {
 #[cfg(not(target_env = "gnu"))]
 fn bound_heap(_: &Verb) {}
 
+/// What concerns falaj of the environment. Names and values need not be UTF-8, and those of others often are not.
+fn environment() -> Result<Vec<(String, String)>> {
+    let ours = std::env::vars_os().filter_map(|(name, value)| {
+        let name = name.into_string().ok().filter(|name| name.starts_with("FALAJ_"))?;
+        Some((name, value))
+    });
+    let text = |(name, value): (String, OsString)| match value.into_string() {
+        Ok(value) => Ok((name, value)),
+        Err(_) => {
+            Err(Error::refused("configuration", format!("{name} is no UTF-8"), "text", "unset it or mend its value"))
+        }
+    };
+    ours.map(text).collect()
+}
+
 async fn run(cli: Cli) -> Result<()> {
     let file = cli.config.as_deref().or_else(|| Some(Path::new("falaj.toml")).filter(|p| p.exists()));
-    let config = Arc::new(Config::load(file, std::env::vars())?);
+    let config = Arc::new(Config::load(file, environment()?)?);
     let world = World { config, stop: CancellationToken::new(), health: Health::default() };
     let patience = if let Verb::Demo(_) = cli.verb { DEMO_DRAIN } else { DRAIN };
     tokio::spawn(watch_signals(world.stop.clone(), patience));

@@ -57,7 +57,8 @@ pub(super) async fn probe(config: &Arc<Config>) -> Probe {
 
 /// Blocking.
 fn ask(config: &Config) -> (Result<BTreeMap<String, usize>>, Result<String>) {
-    let id = format!("{}.check", config.pipeline);
+    // No slot has a dot in its name, so that no stream has this id.
+    let id = format!("{}.check.preflight", config.pipeline);
     let mut settings = kafka::client(&config.kafka);
     settings.set("transactional.id", &id).set("transaction.timeout.ms", "10000").set("message.timeout.ms", "5000");
     let producer: BaseProducer<Listener> = match settings.create_with_context(Listener::default()) {
@@ -179,7 +180,10 @@ fn checkpoint(config: &Config, topics: &BTreeMap<String, usize>, cleanup: &str) 
         }
         Some(1) => Err(refuse(
             format!("{topic} has cleanup.policy={cleanup}: the position would be deleted with age"),
-            format!("kafka-configs.sh --alter --topic {topic} --add-config cleanup.policy=compact"),
+            format!(
+                "kafka-configs.sh --bootstrap-server {} --alter --topic {topic} --add-config cleanup.policy=compact",
+                config.kafka.servers()
+            ),
         )),
         Some(n) => Err(refuse(
             format!("{topic} has {n} partitions"),

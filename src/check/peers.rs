@@ -52,8 +52,9 @@ pub fn writable(check: &'static str, key: &str, dir: &Path) -> Result<String> {
     };
     let absolute = std::path::absolute(dir).map_err(|e| refuse(dir, e))?;
     let existing = absolute.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    // In a container every process has the same id: one may have left its probe behind.
     let probe = existing.join(format!(".falaj-check-{}", std::process::id()));
-    let opened = std::fs::OpenOptions::new().write(true).create_new(true).open(&probe);
+    let opened = std::fs::OpenOptions::new().write(true).create(true).truncate(true).open(&probe);
     opened.map_err(|e| refuse(existing, e))?;
     std::fs::remove_file(&probe).map_err(|e| refuse(&probe, e))?;
     let made = if existing == absolute { "" } else { " (to be made)" };
@@ -64,9 +65,9 @@ pub fn writable(check: &'static str, key: &str, dir: &Path) -> Result<String> {
 async fn external(url: &str) -> Result<String> {
     let refuse =
         |found: String| Error::refused("external_url", found, "an http:// or https:// address", "mend external.url");
-    let parsed = Url::parse(url).map_err(|e| refuse(format!("external.url = {url:?}: {e}")))?;
+    let parsed = Url::parse(url).map_err(|e| refuse(format!("external.url: {e}")))?;
     let (Some(host), Some(port)) = (parsed.host_str(), parsed.port_or_known_default()) else {
-        return Err(refuse(format!("external.url = {url:?} names no host")));
+        return Err(refuse("external.url names no host".to_owned()));
     };
     let what = format!("the outside system at {host}:{port}");
     let address = (host.trim_matches(['[', ']']), port);

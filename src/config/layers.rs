@@ -1,11 +1,17 @@
 //! One layer over another: file over defaults, environment over both.
 
+use tracing::warn;
+
 use super::refused;
 use crate::error::Result;
 
+/// The line is named, not shown: it may hold a password.
 pub(super) fn parse_toml(text: &str, name: &str) -> Result<toml::Table> {
-    text.parse()
-        .map_err(|e: toml::de::Error| refused(format!("{name}: {e}"), "valid TOML", "mend the line that is named"))
+    text.parse().map_err(|e: toml::de::Error| {
+        let line =
+            text.get(..e.span().map_or(0, |span| span.start)).map_or(1, |before| before.matches('\n').count() + 1);
+        refused(format!("{name}, line {line}: {}", e.message()), "valid TOML", "mend the line that is named")
+    })
 }
 
 /// Sections merge key by key; `[[table]]` blocks of a file replace the default ones as a whole.
@@ -44,7 +50,10 @@ pub(super) fn overlay_env(tree: &mut toml::Table, name: &str, value: &str) -> Re
         tree.insert("pipeline".into(), value.into());
         return Ok(());
     }
-    let Some((section, key)) = path.split_once("__") else { return Ok(()) };
+    let Some((section, key)) = path.split_once("__") else {
+        warn_of_single_underscore(tree, name, path);
+        return Ok(());
+    };
     let section = section.to_ascii_lowercase();
     let mut key = key.to_ascii_lowercase();
     let known = ["topic", "partitions", "replication_factor", "headers", "tombstones", "too_large", "envelope"];
@@ -63,6 +72,15 @@ pub(super) fn overlay_env(tree: &mut toml::Table, name: &str, value: &str) -> Re
     })?;
     table.insert(key, typed);
     Ok(())
+}
+
+/// `FALAJ_POSTGRES_URL` looks right, and is not read.
+fn warn_of_single_underscore(tree: &toml::Table, name: &str, path: &str) {
+    let Some((section, key)) = path.split_once('_') else { return };
+    let table = tree.get(&section.to_ascii_lowercase()).and_then(toml::Value::as_table);
+    if table.is_some_and(|table| table.contains_key(&key.to_ascii_lowercase())) {
+        warn!("{name} is not read: write FALAJ_{section}__{key}");
+    }
 }
 
 /// Environment values are text; the default that stands at the same key says which type is meant.

@@ -32,13 +32,17 @@ pub(super) fn text(stage: &Stage) -> String {
 
 /// The address as it may stand on a screen.
 fn without_password(url: &str) -> String {
-    let secret = || {
-        let (scheme, rest) = url.split_once("://")?;
-        let (user, server) = rest.split_once('@')?;
-        let (user, _) = user.split_once(':')?;
-        Some(format!("{scheme}://{user}@{server}"))
+    let Some((scheme, rest)) = url.split_once("://") else {
+        let shown: Vec<_> = url.split_whitespace().filter(|pair| !pair.starts_with("password")).collect();
+        return shown.join(" ");
     };
-    secret().unwrap_or_else(|| url.to_owned())
+    let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let (user, server) = rest.rsplit_once('@').map_or((None, rest), |(user, server)| (Some(user), server));
+    let user = user.map(|user| user.split(':').next().unwrap_or_default());
+    let at = user.map_or_else(|| server.to_owned(), |user| format!("{user}@{server}"));
+    let query: Vec<_> = query.split('&').filter(|pair| !pair.is_empty() && !pair.starts_with("password")).collect();
+    let query = if query.is_empty() { String::new() } else { format!("?{}", query.join("&")) };
+    format!("{scheme}://{at}{query}")
 }
 
 #[cfg(test)]
@@ -49,5 +53,10 @@ mod tests {
     fn passwords_are_not_shown() {
         assert_eq!(without_password("postgres://me:secret@h:1/d"), "postgres://me@h:1/d");
         assert_eq!(without_password("redis://h:1/0"), "redis://h:1/0");
+        assert_eq!(
+            without_password("postgres://me@h/d?sslmode=disable&password=x"),
+            "postgres://me@h/d?sslmode=disable"
+        );
+        assert_eq!(without_password("host=h password=x user=me"), "host=h user=me");
     }
 }

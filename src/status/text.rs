@@ -17,9 +17,10 @@ pub(super) fn text(status: &Status) -> String {
     }
     line(
         "batches",
-        part(&status.archive, |a| match &a.last {
-            Some(last) => format!("{} in {}, the last {last}", a.batches, a.dir),
-            None => format!("none in {}", a.dir),
+        part(&status.archive, |a| match (a.batches, &a.last) {
+            (0, _) => format!("none in {}", a.dir),
+            (batches, None) => format!("{batches} in {}, all of them history", a.dir),
+            (batches, Some(last)) => format!("{batches} in {}, the last {last}", a.dir),
         }),
     );
     match &status.backfill {

@@ -50,7 +50,7 @@ impl Limit {
             format!("at most {limit} bytes: kafka.\"message.max.bytes\" less {FRAMING} for framing"),
             format!(
                 "set \"message.max.bytes\" = {needed} under [kafka] and max.message.bytes={needed} on topic {topic} \
-                 (kafka-configs.sh --alter --topic {topic} --add-config max.message.bytes={needed}); or set kafka.too_large = \
+                 (kafka-configs.sh --bootstrap-server … --alter --topic {topic} --add-config max.message.bytes={needed}); or set kafka.too_large = \
                  \"dead_letter\": such events then leave a note on the dead-letter topic, and are whole in the archive alone"
             ),
         )
