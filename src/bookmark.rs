@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
-use tracing::warn;
 
 use crate::check::postgres::{free_slot, identity, unknown_state};
 use crate::cli;
@@ -26,10 +25,8 @@ use crate::world::{World, print};
 const APPLICATION: &str = "falaj bookmark";
 /// Directory of the bookmarks, in that of the lookup state.
 const DIR: &str = "bookmarks";
-/// Written last: with it the bookmark is whole.
+/// Written before the slot is made, so that it is known whose it is, and again once the bookmark is whole.
 const FILE: &str = "bookmark.json";
-/// Written first: from here on there may be a slot of this name, and it is ours.
-const BEGUN: &str = "begun";
 /// Longest name of a slot (NAMEDATALEN).
 const LONGEST: usize = 63;
 
@@ -40,11 +37,21 @@ pub struct Bookmark {
     pub pipeline: String,
     /// That slot.
     pub slot: String,
-    /// Everything committed from here on comes again.
+    /// Everything committed from here on comes again. While it is unfinished: its slot stands here or later.
     pub lsn: Lsn,
+    /// The cluster and database that have its slots; absent in older files.
+    #[serde(default)]
+    home: Option<(String, String)>,
+    /// Whether slot and lookup rows are there.
+    #[serde(default = "yes")]
+    finished: bool,
     /// Where it is stored.
     #[serde(skip)]
     dir: PathBuf,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl Bookmark {
@@ -54,7 +61,7 @@ impl Bookmark {
     /// [`Error::Refused`] when there is none, with those that there are.
     pub fn find(state: &Path, name: &str) -> Result<Self> {
         let dir = state.join(DIR).join(name);
-        match read(&dir)? {
+        match read(&dir)?.filter(|bookmark| bookmark.finished) {
             Some(bookmark) => Ok(bookmark),
             None => {
                 let known = names(state)?;
@@ -102,7 +109,7 @@ pub async fn run(world: &World, args: &cli::Bookmark) -> Result<()> {
             if args.drop {
                 remove(world, &client, &conninfo, name).await
             } else {
-                make(world, &client, conninfo.dbname(), name).await
+                make(world, &client, &conninfo, name).await
             }
         }
     }
@@ -116,32 +123,34 @@ fn require_name(name: &str) -> Result<()> {
     Err(Error::Usage(format!("bookmark {name:?}: a slot's name has 1 to {LONGEST} of a–z, 0–9 and _")))
 }
 
-async fn make(world: &World, client: &Client, database: &str, name: &str) -> Result<()> {
-    let config = &world.config;
-    let dir = config.state.dir.join(DIR).join(name);
-    if read(&dir)?.is_some() || dir.join(BEGUN).exists() || pins::pinned(client, name).await?.is_some() {
-        return Err(Error::refused(
-            "bookmark",
-            format!("there is a bookmark or a slot \"{name}\" already"),
-            "a new name",
-            format!("choose another name, or falaj bookmark --drop {name}"),
-        ));
+async fn make(world: &World, client: &Client, conninfo: &Conninfo, name: &str) -> Result<()> {
+    let (state, slot) = (&world.config.state.dir, &world.config.postgres.slot);
+    let dir = state.join(DIR).join(name);
+    if pins::pinned(client, name).await?.is_some() {
+        return Err(taken(name));
     }
-    slot::require(&config.postgres.slot, slot::read(client, &config.postgres.slot).await?, database)?;
+    let found = slot::require(slot, slot::read(client, slot).await?, conninfo.dbname())?;
     free_slot(client, name).await?;
-    begin(&dir)?;
-    let lsn = match pins::copy(client, &config.postgres.slot, name).await {
-        Ok(lsn) => lsn,
-        // The server has answered no. Where it has not answered, the slot may be there.
-        Err(error) if !error.is_transient() => {
-            remove_directory(&dir)?;
+    let mut bookmark = Bookmark {
+        pipeline: world.config.pipeline.clone(),
+        slot: slot.clone(),
+        lsn: found.confirmed_flush_lsn,
+        home: Some((identity(conninfo, name).await?.system_id, conninfo.dbname().to_owned())),
+        finished: false,
+        dir,
+    };
+    begin(&bookmark, name)?;
+    // Where the server has not answered, the slot may be there.
+    match pins::copy(client, slot, name).await {
+        Ok(lsn) => bookmark.lsn = lsn,
+        Err(error) if error.is_transient() => return Err(error),
+        Err(error) => {
+            remove_directory(&bookmark.dir)?;
             return Err(error);
         }
-        Err(error) => return Err(error),
-    };
-    let bookmark = Bookmark { pipeline: config.pipeline.clone(), slot: config.postgres.slot.clone(), lsn, dir };
+    }
     // The slot first: what the state holds then reaches at least as far.
-    if let Err(error) = store(&config.state.dir, &bookmark, name) {
+    if let Err(error) = store(state, &bookmark, name) {
         pins::drop_slot(client, name).await?;
         remove_directory(&bookmark.dir)?;
         return Err(error);
@@ -150,15 +159,39 @@ async fn make(world: &World, client: &Client, database: &str, name: &str) -> Res
     print(&format!("{}falaj bookmark --drop {name} releases it\n", line(name, &bookmark, pinned.as_ref())))
 }
 
-/// Notes durably that a slot is about to be made, so that it is known whose it is when this process is killed.
-fn begin(dir: &Path) -> Result<()> {
+fn taken(name: &str) -> Error {
+    Error::refused(
+        "bookmark",
+        format!("there is a bookmark or a slot \"{name}\" already"),
+        "a new name",
+        format!("choose another name, or falaj bookmark --drop {name}"),
+    )
+}
+
+/// Stores an unfinished bookmark; only one process can.
+fn begin(bookmark: &Bookmark, name: &str) -> Result<()> {
+    let (dir, path) = (&bookmark.dir, bookmark.dir.join(FILE));
+    let tmp = dir.join(format!("begun.{}", std::process::id()));
     let written = (|| {
         fs::create_dir_all(dir)?;
-        fs::File::create(dir.join(BEGUN))?.sync_all()?;
+        write(&tmp, bookmark)?;
+        // Unlike a rename this takes no other's place.
+        let linked = fs::hard_link(&tmp, &path);
+        fs::remove_file(&tmp)?;
+        linked?;
         fs::File::open(dir)?.sync_all()?;
         fs::File::open(dir.parent().unwrap_or(dir))?.sync_all()
     })();
-    written.map_err(|e| Error::fatal(format_args!("writing {}", dir.display()), e))
+    written.map_err(|e: std::io::Error| match e.kind() {
+        std::io::ErrorKind::AlreadyExists => taken(name),
+        _ => Error::fatal(format_args!("writing {}", path.display()), e),
+    })
+}
+
+fn write(path: &Path, bookmark: &Bookmark) -> std::io::Result<()> {
+    let file = fs::File::create(path)?;
+    serde_json::to_writer(&file, bookmark)?;
+    file.sync_all()
 }
 
 fn remove_directory(dir: &Path) -> Result<()> {
@@ -173,9 +206,7 @@ fn store(state: &Path, bookmark: &Bookmark, name: &str) -> Result<()> {
     let path = bookmark.dir.join(FILE);
     let written = (|| {
         let tmp = bookmark.dir.join("bookmark.tmp");
-        let file = fs::File::create(&tmp)?;
-        serde_json::to_writer(&file, bookmark)?;
-        file.sync_all()?;
+        write(&tmp, &Bookmark { finished: true, ..bookmark.clone() })?;
         fs::rename(&tmp, &path)?;
         fs::File::open(&bookmark.dir)?.sync_all()
     })();
@@ -183,18 +214,17 @@ fn store(state: &Path, bookmark: &Bookmark, name: &str) -> Result<()> {
 }
 
 async fn list(world: &World, client: &Client) -> Result<()> {
-    let names = names(&world.config.state.dir)?;
-    let begun = begun(&world.config.state.dir)?;
-    if names.is_empty() && begun.is_empty() {
+    let all = all(&world.config.state.dir)?;
+    if all.is_empty() {
         return print("no bookmark\n");
     }
-    for name in begun {
-        print(&format!("{name}  unfinished: falaj bookmark --drop {name} removes what there is of it\n"))?;
-    }
-    for name in names {
-        let bookmark = Bookmark::find(&world.config.state.dir, &name)?;
+    for (name, bookmark) in all {
+        if !bookmark.finished {
+            print(&format!("{name}  unfinished: falaj bookmark --drop {name} removes what there is of it\n"))?;
+            continue;
+        }
         print(&line(&name, &bookmark, pins::pinned(client, &name).await?.as_ref()))?;
-        for copy in copies(&bookmark)? {
+        for copy in directories(bookmark.dir())? {
             let pinned = pins::pinned(client, &copy).await?;
             print(&format!("  replayed through slot {copy}: {}\n", pins(pinned.as_ref())))?;
         }
@@ -220,61 +250,53 @@ fn pins(pinned: Option<&Pinned>) -> String {
 /// The slots go first: while one of them is in use, everything stays.
 async fn remove(world: &World, client: &Client, conninfo: &Conninfo, name: &str) -> Result<()> {
     let state = &world.config.state.dir;
-    if begun(state)?.iter().any(|begun| begun == name) {
-        pins::drop_slot(client, name).await?;
-        remove_directory(&state.join(DIR).join(name))?;
-        return print(&format!("{name}, which was never finished, is removed\n"));
-    }
-    let bookmark = Bookmark::find(state, name)?;
-    let server = identity(conninfo, name).await?;
-    let made_on = require_header(bookmark.dir())?.identity;
-    if made_on.system_id != server.system_id {
-        return Err(Error::refused(
-            "bookmark",
-            format!("\"{name}\" was made on system {}, this server is {}", made_on.system_id, server.system_id),
-            "the server that has its slots",
-            format!("connect to it, or remove {}", bookmark.dir().display()),
-        ));
-    }
-    let mut slots = copies(&bookmark)?;
-    match slot::read(client, name).await? {
-        // Nobody reads a bookmark's own slot, so that it stands where it was made.
-        Some(found) if found.confirmed_flush_lsn != bookmark.lsn => {
-            warn!(
-                "slot \"{name}\" stands at {}, the bookmark's at {}: it is left",
-                found.confirmed_flush_lsn, bookmark.lsn
-            );
+    let dir = state.join(DIR).join(name);
+    let bookmark = match read(&dir)? {
+        Some(bookmark) => bookmark,
+        None => Bookmark::find(state, name)?,
+    };
+    if let Some((system, database)) = &bookmark.home {
+        let here = (identity(conninfo, name).await?.system_id, conninfo.dbname());
+        if (system, database.as_str()) != (&here.0, here.1) {
+            return Err(Error::refused(
+                "bookmark",
+                format!(
+                    "\"{name}\" is of database \"{database}\" of system {system}, this is \"{}\" of {}",
+                    here.1, here.0
+                ),
+                "the database that has its slots",
+                format!("connect to it; where it is gone for good, remove {}", dir.display()),
+            ));
         }
-        _ => slots.push(name.to_owned()),
     }
-    for slot in &slots {
-        pins::drop_slot(client, slot).await?;
+    // Nobody reads a bookmark's own slot, so that it stands where it was made. Its copies have been moved by their readers.
+    let own = |at: Lsn| if bookmark.finished { at == bookmark.lsn } else { at >= bookmark.lsn };
+    let copies = directories(&dir)?.into_iter().map(|copy| (copy, false));
+    for (slot, is_own) in copies.chain([(name.to_owned(), true)]) {
+        let Some(found) = slot::read(client, &slot).await? else { continue };
+        let ours = found.plugin.as_deref() == Some("pgoutput") && found.database.as_deref() == Some(conninfo.dbname());
+        if ours && (!is_own || own(found.confirmed_flush_lsn)) {
+            pins::drop_slot(client, &slot).await?;
+        } else {
+            let at = found.confirmed_flush_lsn;
+            print(&format!("slot {slot} is another one by now (plugin {:?}, at {at}): it is left\n", found.plugin))?;
+        }
     }
-    remove_directory(bookmark.dir())?;
+    remove_directory(&dir)?;
     print(&format!("{name} is dropped, and with it what it pinned\n"))
 }
 
-/// Slots that were copied from a bookmark for a replay; each has a directory in it.
-fn copies(bookmark: &Bookmark) -> Result<Vec<String>> {
-    directories(bookmark.dir())
-}
-
 fn names(state: &Path) -> Result<Vec<String>> {
-    let dir = state.join(DIR);
-    let mut names = Vec::new();
-    for name in directories(&dir)? {
-        if read(&dir.join(&name))?.is_some() {
-            names.push(name);
-        }
-    }
-    Ok(names)
+    Ok(all(state)?.into_iter().filter(|(_, bookmark)| bookmark.finished).map(|(name, _)| name).collect())
 }
 
-/// Those of which a killed process may have left a slot.
-fn begun(state: &Path) -> Result<Vec<String>> {
+fn all(state: &Path) -> Result<Vec<(String, Bookmark)>> {
     let dir = state.join(DIR);
-    let unfinished = |name: &String| dir.join(name).join(BEGUN).exists() && !dir.join(name).join(FILE).exists();
-    Ok(directories(&dir)?.into_iter().filter(unfinished).collect())
+    let mut all = Vec::new();
+    for name in directories(&dir)? {
+        all.extend(read(&dir.join(&name))?.map(|bookmark| (name, bookmark)));
+    }
+    Ok(all)
 }
 
 fn directories(dir: &Path) -> Result<Vec<String>> {

@@ -37,13 +37,13 @@ pub async fn advance(client: &Client, slot: &str, to: Lsn) -> Result<()> {
     client.query_one(sql, &[&slot, &to.to_string()]).await.map(drop).map_err(|e| changing("advancing", slot, e))
 }
 
-/// Drops a pgoutput slot of this database; one that is not there is no error, and one of another kind is not ours.
+/// Drops a slot; one that is not there is no error.
 ///
 /// # Errors
 /// [`Error::Refused`] while somebody reads it; [`Error::Unreachable`].
 pub async fn drop_slot(client: &Client, slot: &str) -> Result<()> {
     let sql = "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots \
-               WHERE slot_name::text = $1 AND plugin = 'pgoutput' AND database = pg_catalog.current_database()";
+               WHERE slot_name::text = $1";
     client.query(sql, &[&slot]).await.map(drop).map_err(|e| changing("dropping", slot, e))
 }
 

@@ -3,7 +3,7 @@
 use falaj::lsn::Lsn;
 
 use super::commit;
-use crate::rig::{Pipeline, archive, assert_same, check, load};
+use crate::rig::{POSTGRES, Pipeline, Servers, archive, assert_same, check, load};
 
 /// The same database and state directory, another pipeline with an archive of its own.
 fn other(p: &Pipeline, name: &str) -> (String, Vec<(&'static str, String)>) {
@@ -77,21 +77,42 @@ async fn a_bookmark_is_made_while_produce_runs() {
     p.start(&["bookmark", "--drop", "live"]).ends_well().await;
 }
 
+/// What a process leaves that is killed before its bookmark is whole.
+fn unfinished(p: &Pipeline, name: &str, lsn: Lsn) -> std::path::PathBuf {
+    let dir = p.config.state.dir.join("bookmarks").join(name);
+    std::fs::create_dir_all(&dir).unwrap();
+    let text = serde_json::json!({ "pipeline": p.name, "slot": p.name, "lsn": lsn, "finished": false });
+    std::fs::write(dir.join("bookmark.json"), text.to_string()).unwrap();
+    dir
+}
+
+async fn slots(p: &Pipeline, name: &str) -> String {
+    p.text(&format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{name}'")).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bookmark_that_was_never_finished_is_listed_and_dropped() {
     let p = Pipeline::new("bm_torn").await;
-    let (name, dir) = (format!("{}_torn", p.name), p.config.state.dir.join("bookmarks"));
-    // What a process leaves that is killed between the slot and its bookmark.
-    std::fs::create_dir_all(dir.join(&name)).unwrap();
-    std::fs::write(dir.join(&name).join("begun"), "").unwrap();
+    let name = format!("{}_torn", p.name);
+    let dir = unfinished(&p, &name, p.confirmed().await);
     p.run(&format!("SELECT pg_copy_logical_replication_slot('{}', '{name}')", p.name)).await;
     let listed = p.start(&["bookmark"]).ends_well().await;
     assert!(listed.starts_with(&format!("{name}  unfinished: falaj bookmark --drop {name}")), "{listed}");
-    let again = p.start(&["bookmark", &name]).end().await;
-    assert!(again.code == Some(78) && again.log.contains(&format!("--drop {name}")), "{again:?}");
+    let from = p.start(&["produce", "--from-bookmark", &name]).end().await;
+    assert!(from.code == Some(78) && from.log.contains("there is none"), "{from:?}");
+    for _ in 0..2 {
+        let again = p.start(&["bookmark", &name]).end().await;
+        assert!(again.code == Some(78) && again.log.contains(&format!("--drop {name}")), "{again:?}");
+        assert!(dir.join("bookmark.json").exists());
+        // Then the same without a slot.
+        p.run(&format!(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = '{name}'"
+        ))
+        .await;
+    }
+    p.run(&format!("SELECT pg_copy_logical_replication_slot('{}', '{name}')", p.name)).await;
     p.start(&["bookmark", "--drop", &name]).ends_well().await;
-    let left = p.text(&format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{name}'")).await;
-    assert_eq!((left.as_str(), dir.join(&name).exists()), ("0", false));
+    assert_eq!((slots(&p, &name).await.as_str(), dir.exists()), ("0", false));
     p.start(&["bookmark", &name]).ends_well().await;
     p.start(&["bookmark", "--drop", &name]).ends_well().await;
 }
@@ -99,18 +120,38 @@ async fn a_bookmark_that_was_never_finished_is_listed_and_dropped() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_that_somebody_made_under_the_name_of_a_bookmark_is_not_dropped_with_it() {
     let p = Pipeline::new("bm_taken").await;
-    for plugin in ["test_decoding", "pgoutput"] {
+    for (plugin, finished) in [("test_decoding", true), ("pgoutput", true), ("test_decoding", false)] {
         let name = format!("{}_{plugin}", p.name);
-        p.start(&["bookmark", &name]).ends_well().await;
-        p.run("INSERT INTO engagement_events (event_ts) VALUES (now())").await;
-        p.run(&format!("SELECT pg_drop_replication_slot('{name}')")).await;
+        if finished {
+            p.start(&["bookmark", &name]).ends_well().await;
+            p.run("INSERT INTO engagement_events (event_ts) VALUES (now())").await;
+            p.run(&format!("SELECT pg_drop_replication_slot('{name}')")).await;
+        } else {
+            unfinished(&p, &name, Lsn(0));
+        }
         p.run(&format!("SELECT pg_create_logical_replication_slot('{name}', '{plugin}')")).await;
-        p.start(&["bookmark", "--drop", &name]).ends_well().await;
-        let left = p.text(&format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{name}'")).await;
-        assert_eq!(left, "1", "{plugin}");
+        let told = p.start(&["bookmark", "--drop", &name]).ends_well().await;
+        assert!(told.contains("it is left"), "{told}");
+        assert_eq!(slots(&p, &name).await, "1", "{plugin}");
         p.run(&format!("SELECT pg_drop_replication_slot('{name}')")).await;
     }
     assert_eq!(p.start(&["bookmark"]).ends_well().await, "no bookmark\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bookmark_is_dropped_only_where_its_slots_are() {
+    let mut p = Pipeline::new("bm_home").await;
+    let other = Pipeline::bare(Servers::shared(), "bm_other").await;
+    let (name, url) = (format!("{}_home", p.name), p.env[POSTGRES].clone());
+    p.start(&["bookmark", &name]).ends_well().await;
+    p.set(POSTGRES, &other.env[POSTGRES]);
+    let refused = p.start(&["bookmark", "--drop", &name]).end().await;
+    let words = format!("is of database \"{}\"", p.name);
+    assert!(refused.code == Some(78) && refused.log.contains(&words), "{refused:?}");
+    assert_eq!(slots(&p, &name).await, "1");
+    p.set(POSTGRES, &url);
+    p.start(&["bookmark", "--drop", &name]).ends_well().await;
+    assert_eq!(slots(&p, &name).await, "0");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -24,7 +24,7 @@ use process::Falaj;
 
 /// No condition of these tests may take longer.
 pub const DEADLINE: Duration = Duration::from_secs(90);
-const POSTGRES: &str = "FALAJ_POSTGRES__URL";
+pub const POSTGRES: &str = "FALAJ_POSTGRES__URL";
 const KAFKA: &str = "FALAJ_KAFKA__BOOTSTRAP_SERVERS";
 const REDIS: &str = "FALAJ_REDIS__URL";
 /// Base URL of the BigQuery server.
