@@ -5,6 +5,7 @@
 pub mod base;
 pub mod origin;
 mod plan;
+mod step;
 
 use std::io::IsTerminal;
 

@@ -417,6 +417,22 @@ pub fn state_is_ours(dir: &Path, base: Option<&BaseHeader>, identity: &SlotIdent
     ))
 }
 
+/// Refuses a slot that is to be made and is there.
+///
+/// # Errors
+/// [`Error::Refused`]; [`Error::Unreachable`] when the connection is lost.
+pub async fn no_slot(client: &Client, slot: &str) -> Result<()> {
+    match slot::read(client, slot).await? {
+        None => Ok(()),
+        Some(_) => Err(Error::refused(
+            "slot",
+            format!("slot \"{slot}\" has been made meanwhile"),
+            "a name that no slot has, or the slot of another falaj init",
+            "run falaj init again: it shows what is missing now",
+        )),
+    }
+}
+
 /// The refusal of a slot whose lookup rows nobody knows.
 pub fn unknown_state(dir: &Path, slot: &str) -> Error {
     Error::refused(
@@ -424,7 +440,7 @@ pub fn unknown_state(dir: &Path, slot: &str) -> Error {
         format!("{} holds no lookup state of slot \"{slot}\"", dir.display()),
         "the lookup rows as of the slot's position, which `falaj init` writes when it makes the slot",
         "restore state.dir as it was when produce last ended; or falaj init --adopt-slot, which takes the rows of now (events from before now are then \
-         enriched with these); or drop the slot and run falaj init, which begins anew from now",
+         enriched with these)",
     )
 }
 

@@ -21,6 +21,8 @@ use crate::schema::Type;
 pub use log::ChangeLog;
 
 const BASE: &str = "base.jsonl";
+/// The base of a slot that was gone when a new one of its name was made.
+const ASIDE: &str = "base.jsonl.old";
 const CHANGES: &str = "changes.jsonl";
 
 /// First line of the base.
@@ -32,7 +34,7 @@ pub struct BaseHeader {
     pub identity: SlotIdentity,
     /// The rows are as of this LSN: every transaction committed below it is in, none from it on.
     pub lsn: Lsn,
-    /// Where the slot stood when `init` made or adopted it. A sink without a position may start only from here.
+    /// Where the slot stood when `init` made it, or first adopted it. A sink without a position may start only from here.
     pub origin: Lsn,
     /// Made by `--adopt-slot`: rows are those of that moment, although `lsn` may lie before it.
     pub adopted: bool,
@@ -168,14 +170,26 @@ impl BaseWriter {
     }
 }
 
-/// Removes the base, where there is one.
+/// Sets the base aside, where there is one, so that there is none until another one is written.
 ///
 /// # Errors
 /// [`Error::Fatal`] with the path when the disk refuses.
-pub fn forget(dir: &Path) -> Result<()> {
-    match fs::remove_file(dir.join(BASE)) {
+pub fn set_aside(dir: &Path) -> Result<()> {
+    renamed(dir, BASE, ASIDE)
+}
+
+/// Undoes [`set_aside`].
+///
+/// # Errors
+/// [`Error::Fatal`] with the path when the disk refuses.
+pub fn put_back(dir: &Path) -> Result<()> {
+    renamed(dir, ASIDE, BASE)
+}
+
+fn renamed(dir: &Path, from: &str, to: &str) -> Result<()> {
+    match fs::rename(dir.join(from), dir.join(to)) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        removed => at(dir, removed.and_then(|()| File::open(dir)?.sync_all())),
+        renamed => at(dir, renamed.and_then(|()| File::open(dir)?.sync_all())),
     }
 }
 

@@ -36,7 +36,7 @@ pub fn read(dir: &Path) -> Result<Option<Snapshot>> {
     };
     let snapshot: Snapshot =
         serde_json::from_slice(&text).map_err(|e| Error::fatal(format_args!("reading {}", path.display()), e))?;
-    // A slot that was adopted since then began elsewhere.
+    // A slot that was adopted without a state began elsewhere.
     let origin = state::header(dir)?.map(|header| header.origin);
     Ok(Some(snapshot).filter(|snapshot| origin == Some(snapshot.lsn)))
 }

@@ -8,6 +8,7 @@ use tokio_postgres::Client;
 use tracing::info;
 
 use super::base::{self, Lookup};
+use super::step::{Step, list};
 use crate::backfill::{self, Source, Speed, Wanted};
 use crate::check::peers::writable;
 use crate::check::postgres as require;
@@ -29,7 +30,7 @@ use crate::world::{World, print};
 /// The tables of the engagement schema.
 const TABLES: &str = include_str!("../../sql/01_tables.sql");
 /// Their names, as `TABLES` makes them.
-const TABLE_NAMES: [&str; 2] = ["content", "engagement_events"];
+pub(super) const TABLE_NAMES: [&str; 2] = ["content", "engagement_events"];
 const APPLICATION: &str = "falaj init";
 /// How fast the rows of `--snapshot` are copied.
 const SPEED: Speed = Speed { jobs: backfill::JOBS, rate: None };
@@ -46,37 +47,6 @@ pub(super) struct Plan {
     role: Role,
     present: Vec<String>,
     steps: Vec<Step>,
-}
-
-/// One change.
-#[derive(Debug, PartialEq, Eq)]
-enum Step {
-    Tables,
-    Publication {
-        name: String,
-        tables: Vec<String>,
-        sql: String,
-    },
-    Topic {
-        name: String,
-        partitions: i32,
-        settings: &'static [(&'static str, &'static str)],
-    },
-    Slot {
-        name: String,
-        state: String,
-        failover: bool,
-    },
-    /// Rows to be copied; with `Slot` before it, from that slot's snapshot.
-    Snapshot {
-        tables: Vec<String>,
-    },
-    Adopt {
-        name: String,
-        state: String,
-        confirmed: Lsn,
-        origin: Lsn,
-    },
 }
 
 impl Plan {
@@ -255,35 +225,37 @@ impl Plan {
             ));
         }
         let confirmed = found.confirmed_flush_lsn;
-        let origin = world.at_start("kafka", || self.origin(config, base.as_ref(), confirmed)).await?;
+        let origin = match base {
+            Some(base) => base.origin,
+            None => world.at_start("kafka", || self.origin(world, confirmed)).await?,
+        };
         self.steps.push(Step::Adopt { name, state, confirmed, origin });
         Ok(())
     }
 
-    /// Where sinks without a position may begin after an adoption: it is about lookup rows, and must not make a lost sink look
-    /// like a new one.
-    async fn origin(&self, config: &Arc<Config>, base: Option<&BaseHeader>, confirmed: Lsn) -> Result<Lsn> {
+    /// Where sinks without a position may begin, when nobody knows where the slot began: an adoption must not make a lost sink
+    /// look like a new one.
+    async fn origin(&self, world: &World, confirmed: Lsn) -> Result<Lsn> {
+        let config = &world.config;
         let checkpoint = config.checkpoint_topic();
         let is_new = self.steps.iter().any(|step| matches!(step, Step::Topic { name, .. } if *name == checkpoint));
-        let (mut there, mut lost) = (Vec::new(), Vec::new());
+        let (mut there, mut lost) = (Vec::new(), None);
         for name in &config.produce.sinks {
             match name {
-                SinkName::Kafka if is_new => lost.push("kafka"),
-                _ => match produce::peek(*name, config, &self.identity, None).await? {
-                    (label, None) => lost.push(label),
+                SinkName::Kafka if is_new => lost = Some("kafka"),
+                _ => match produce::peek(*name, config, &self.identity, Some(&world.stop)).await? {
+                    (label, None) => lost = Some(label),
                     (label, Some(_)) => there.push(label),
                 },
             }
         }
-        match (base, lost.first()) {
-            _ if there.is_empty() => Ok(confirmed),
-            (Some(base), _) => Ok(base.origin),
-            (None, None) => Ok(confirmed),
-            (None, Some(sink)) => {
+        match lost {
+            Some(sink) if !there.is_empty() => {
                 let found =
                     format!("{sink} has no position, {} has, and the slot stands at {confirmed}", there.join(", "));
                 Err(slot::lost_sink(sink, found, confirmed))
             }
+            _ => Ok(confirmed),
         }
     }
 
@@ -324,15 +296,27 @@ impl Plan {
             Some(copied) => Some(backfill::begin(world, &self.conninfo, copied).await?),
             None => None,
         };
-        // What an earlier slot of this name has left would look like this one's, were the process killed before its own is there.
-        state::forget(&config.state.dir)?;
-        backfill::forget(&config.state.dir)?;
         let mut wire = Wire::connect(&self.conninfo, APPLICATION).await?;
-        let (at, snapshot) = tokio::select! {
-            made = snapshot::new_slot(&mut wire, slot, if failover { Kind::Failover } else { Kind::Permanent }) => made?,
+        // The plan may be old: it was asked for, or another init was waited for.
+        require::no_slot(&self.client, slot).await?;
+        // What an earlier slot of this name has left would look like this one's, were the process killed before its own is
+        // there.
+        state::set_aside(&config.state.dir)?;
+        let made = tokio::select! {
+            made = snapshot::new_slot(&mut wire, slot, if failover { Kind::Failover } else { Kind::Permanent }) => made,
             never = snapshot::said_waiting(matches!(self.role, Role::Standby { .. })) => match never {},
-            () = world.stop.cancelled() => return Err(Error::Fatal("shut down; no slot was made".into())),
+            // The server goes on waiting, and may make the slot all the same.
+            () = world.stop.cancelled() => return Err(Error::Fatal("shut down while the slot was being made".into())),
         };
+        let (at, snapshot) = match made {
+            Ok(made) => made,
+            Err(refused @ Error::Refused(_)) => {
+                state::put_back(&config.state.dir)?;
+                return Err(refused);
+            }
+            Err(error) => return Err(error),
+        };
+        backfill::forget(&config.state.dir)?;
         let mut source = reader.map(|client| Source::new(&self.conninfo, client, at, &snapshot, &self.identity));
         let write = async {
             if let (Some(source), Some(copied)) = (&source, &copied) {
@@ -415,42 +399,6 @@ impl fmt::Display for Plan {
     }
 }
 
-impl Step {
-    fn noun(&self) -> String {
-        match self {
-            Self::Tables => format!("tables {}", TABLE_NAMES.join(", ")),
-            Self::Publication { name, .. } => format!("publication \"{name}\""),
-            Self::Topic { name, .. } => format!("topic {name}"),
-            Self::Slot { name, state, failover } => {
-                let kind = if *failover { "failover slot" } else { "slot" };
-                format!("{kind} \"{name}\", with the lookup rows in {state}")
-            }
-            Self::Snapshot { tables } => format!("a copy of the rows of {}", list(tables)),
-            Self::Adopt { state, .. } => format!("lookup rows in {state}"),
-        }
-    }
-}
-
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tables => write!(f, "{} (sql/01_tables.sql)", self.noun()),
-            Self::Publication { tables, .. } => write!(f, "{} for {}", self.noun(), list(tables)),
-            Self::Topic { partitions, settings, .. } => {
-                write!(f, "{}, {partitions} partition{}", self.noun(), if *partitions == 1 { "" } else { "s" })?;
-                if settings.is_empty() { Ok(()) } else { write!(f, ", compacted") }
-            }
-            Self::Slot { .. } => write!(f, "{}, as of where it begins", self.noun()),
-            Self::Snapshot { .. } => write!(f, "{}, as op r", self.noun()),
-            Self::Adopt { name, state, confirmed, .. } => write!(
-                f,
-                "adopt slot \"{name}\" at {confirmed}: lookup rows of now in {state}; \
-                 events from before now are enriched with the rows of now, not with those of their own time"
-            ),
-        }
-    }
-}
-
 /// The configured tables and their lookup tables, each once.
 fn configured(config: &Config) -> Vec<String> {
     let lookups = config.tables.iter().filter_map(|t| t.lookup.as_ref()).map(|l| &l.table);
@@ -465,10 +413,6 @@ fn configured(config: &Config) -> Vec<String> {
 
 fn wanted(tables: &[String]) -> Vec<Wanted> {
     tables.iter().map(|table| Wanted { table: table.clone(), filter: None }).collect()
-}
-
-fn list(names: &[String]) -> String {
-    if names.is_empty() { "no table".to_owned() } else { names.join(", ") }
 }
 
 async fn topics(config: &Arc<Config>) -> Result<BTreeMap<String, usize>> {

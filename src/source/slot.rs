@@ -66,7 +66,7 @@ pub fn require(slot: &str, state: Option<SlotState>, database: &str) -> Result<S
         )
     };
     let Some(state) = state else {
-        return Err(refuse(format!("no slot \"{slot}\""), "falaj init".to_owned()));
+        return Err(refuse(format!("no slot \"{slot}\""), format!("falaj init; where it was there before, {ANEW}")));
     };
     if state.plugin.as_deref() != Some("pgoutput") {
         return Err(refuse(

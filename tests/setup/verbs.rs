@@ -1,7 +1,7 @@
 //! `init` and `check` as they are run.
 
 use std::fs;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use falaj::config::Config;
@@ -152,6 +152,38 @@ async fn a_slot_without_lookup_state_is_refused_until_it_is_adopted() {
     let header = state::header(&place.state()).unwrap().unwrap();
     assert_eq!((header.lsn.to_string(), header.adopted), (at, true));
     assert!(stdout(&place.falaj(&["init"])).contains("nothing to do"));
+    place.leave().await;
+}
+
+/// The slot's creation waits for running transactions, so that it can be ended there.
+#[tokio::test]
+async fn what_an_older_slot_has_left_counts_no_more_once_a_new_one_is_made() {
+    let place = Place::new("older").await;
+    assert_eq!(place.falaj(&["init", "--yes", "--with-tables"]).status.code(), Some(0));
+    let base = place.state().join("base.jsonl");
+    let text = fs::read(&base).unwrap();
+    place.sql().await.query_one("SELECT pg_drop_replication_slot($1::text::name)", &[&place.name]).await.unwrap();
+    let holder = place.sql().await;
+    for signal in ["-TERM", "-KILL"] {
+        holder.batch_execute("BEGIN; SELECT pg_current_xact_id()").await.unwrap();
+        let mut waiting = place.command(&["init", "--yes"]).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        // The second time there is none from the beginning.
+        let creating = format!("pg_stat_activity WHERE query LIKE 'CREATE_REPLICATION_SLOT%{}%'", place.name);
+        while count(&place, &creating).await == 0 {
+            assert!(Instant::now() < deadline, "{signal}: no slot is being made");
+        }
+        assert!(Command::new("kill").args([signal, &waiting.id().to_string()]).status().unwrap().success());
+        waiting.wait().unwrap();
+        // The server may still make the slot: nothing old must be taken for what belongs to it.
+        assert!(!base.exists(), "{signal}");
+        let sql = format!("SELECT pg_terminate_backend(pid, 10000) FROM {creating}");
+        holder.batch_execute(&sql).await.unwrap();
+        holder.batch_execute("COMMIT").await.unwrap();
+    }
+    let made = place.falaj(&["init", "--yes"]);
+    assert_eq!(made.status.code(), Some(0), "{}", stderr(&made));
+    assert!(stdout(&made).contains("made slot") && fs::read(&base).unwrap() != text, "{}", stdout(&made));
     place.leave().await;
 }
 
