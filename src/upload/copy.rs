@@ -6,11 +6,12 @@
 use std::time::SystemTime;
 
 use super::bigquery::{Answer, BigQuery};
+use super::destination::label;
 use super::files::Source;
 use super::history::History;
 use super::media::CHECK;
 use super::record::{Record, Records, Turn, hash};
-use super::table::{TableLoad, label};
+use super::table::TableLoad;
 use super::{RENAME, Sealed, chain, columns, sealed};
 use crate::error::{Error, Result};
 use crate::lsn::{Lsn, Position};

@@ -21,6 +21,7 @@ pub mod bigquery;
 pub mod chain;
 pub mod columns;
 pub mod copy;
+mod destination;
 pub mod files;
 pub mod history;
 pub mod media;
