@@ -89,10 +89,7 @@ pub fn error(config: &Kafka, e: &KafkaError) -> Error {
     if let KafkaError::ClientConfig(_, why, key, value) = e {
         return Error::refused(
             "kafka_config",
-            format!(
-                "kafka.\"{key}\": {}",
-                if value.is_empty() { why.clone() } else { why.replace(value.as_str(), "…") }
-            ),
+            format!("kafka.\"{key}\": {}", why.replace(&format!("\"{value}\""), "…")),
             "a key and value that librdkafka knows",
             "mend [kafka] in the configuration",
         );
@@ -242,14 +239,12 @@ mod tests {
     #[test]
     fn a_key_that_librdkafka_does_not_take_is_told_without_its_value() {
         let mut config = Config::load(None, []).unwrap().kafka;
-        for (key, value) in [("sasl.pasword", "s3cret"), ("acks", "s3cret"), ("sasl.password", "")] {
-            config.client = [(key.to_owned(), value.to_owned())].into();
-            let Err(refused) = admin(&config) else { continue };
-            let text = refused.to_string();
+        for key in ["sasl.pasword", "acks"] {
+            config.client = [(key.to_owned(), "s3cret".to_owned())].into();
+            let Some(Error::Refused(refusal)) = admin(&config).err() else { panic!("{key} is taken") };
+            let text = refusal.to_string();
             assert!(text.contains(key) && !text.contains("s3cret"), "{text}");
         }
-        config.client = [("sasl.pasword".to_owned(), "s3cret".to_owned())].into();
-        assert_eq!(admin(&config).err().map(|e| e.exit_code()), Some(78));
     }
 
     #[test]

@@ -56,7 +56,10 @@ pub fn writable(check: &'static str, key: &str, dir: &Path) -> Result<String> {
     let probe = existing.join(format!(".falaj-check-{}", std::process::id()));
     let opened = std::fs::OpenOptions::new().write(true).create(true).truncate(true).open(&probe);
     opened.map_err(|e| refuse(existing, e))?;
-    std::fs::remove_file(&probe).map_err(|e| refuse(&probe, e))?;
+    match std::fs::remove_file(&probe) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(refuse(&probe, e)),
+        _ => {}
+    }
     let made = if existing == absolute { "" } else { " (to be made)" };
     Ok(format!("{}{made}", dir.display()))
 }
