@@ -3,7 +3,7 @@
 //! Each requirement is a function that gives what it found, or the very refusal that the verbs give. Every server is tried
 //! once, all of them at the same time, a few seconds at most.
 
-mod kafka;
+pub(crate) mod kafka;
 pub mod peers;
 pub mod postgres;
 pub mod role;

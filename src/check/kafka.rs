@@ -168,6 +168,14 @@ fn topics_found(config: &Config, tables: &[String], topics: &BTreeMap<String, us
     ))
 }
 
+/// Refuses a checkpoint topic that would not keep the position.
+///
+/// # Errors
+/// [`Error::Refused`]; [`Error::Unreachable`] without a broker.
+pub async fn require_checkpoint(config: &Arc<Config>, topics: &BTreeMap<String, usize>) -> Result<()> {
+    checkpoint(config, topics, &cleanup_policy(config).await?).map(drop)
+}
+
 fn checkpoint(config: &Config, topics: &BTreeMap<String, usize>, cleanup: &str) -> Result<String> {
     let topic = config.checkpoint_topic();
     let refuse = |found: String, fix: String| {
@@ -187,7 +195,7 @@ fn checkpoint(config: &Config, topics: &BTreeMap<String, usize>, cleanup: &str) 
         )),
         Some(n) => Err(refuse(
             format!("{topic} has {n} partitions"),
-            "stop falaj, and start anew with another pipeline name".to_owned(),
+            "stop falaj; another pipeline, archive.dir and bigquery.dataset (docs/operations.md)".to_owned(),
         )),
     }
 }

@@ -317,7 +317,8 @@ fn configured(config: &Config, published: &[Table]) -> Result<Found> {
     ))
 }
 
-fn is_default(tables: &[config::Table]) -> bool {
+/// Whether these are the built-in `[[table]]` blocks.
+pub fn is_default(tables: &[config::Table]) -> bool {
     let text = |tables: &[config::Table]| serde_json::to_string(tables).ok();
     Config::defaults().is_ok_and(|d| text(&d.tables) == text(tables))
 }

@@ -10,6 +10,7 @@ use tracing::info;
 use super::base::{self, Lookup};
 use super::step::{Step, list};
 use crate::backfill::{self, Source, Speed, Wanted};
+use crate::check::kafka::require_checkpoint;
 use crate::check::peers::writable;
 use crate::check::postgres as require;
 use crate::check::role::{self, Role};
@@ -149,7 +150,16 @@ impl Plan {
             match catalog::table(&self.client, &wanted).await? {
                 Some(table) => tables.push((wanted, table.sql_name())),
                 None if made.contains(&wanted) => tables.push((wanted.clone(), format!("public.{}", ident(&wanted)))),
-                None => {}
+                // The built-in block may be meant for none of them.
+                None if require::is_default(&config.tables) => {}
+                None => {
+                    return Err(Error::refused(
+                        "configured_tables",
+                        format!("no table {wanted}, which [[table]] names"),
+                        "each table of the configuration",
+                        "create it, or mend its name under [[table]]",
+                    ));
+                }
             }
         }
         if tables.is_empty() {
@@ -186,6 +196,9 @@ impl Plan {
             } else {
                 self.steps.push(Step::Topic { name, partitions, settings });
             }
+        }
+        if present.contains(&config.checkpoint_topic()) {
+            world.at_start("kafka", || require_checkpoint(config, &existing)).await?;
         }
         if !present.is_empty() {
             self.present.push(format!("topics {}", present.join(", ")));
