@@ -272,11 +272,12 @@ impl Event<'_> {
         self.write_row_key(&cells, out)
     }
 
-    /// Appends the primary key of these cells as text, an array of texts when composite.
+    /// Appends the primary key of these cells as text, an array of texts when composite; nothing when a part of it is absent.
     fn write_row_key(&self, cells: &[Cell<'_>], out: &mut Vec<u8>) -> Converted<bool> {
         match self.layout.primary_key[..] {
             [] => Ok(false),
             [one] => value::write_text(self.layout.columns[one].ty, cells[one], out),
+            ref several if several.iter().any(|c| matches!(cells[*c], Cell::Null | Cell::Unchanged)) => Ok(false),
             ref several => self.write_composite(several, cells, out).map(|()| true),
         }
     }
@@ -417,5 +418,10 @@ pub(crate) mod tests {
         assert!(l.is_keyed_by_row() && !layout().is_keyed_by_row());
         let e = event(&l, Op::Create, &[Cell::Text(b"7"), Cell::Null, Cell::Text(b"a\"b")]);
         assert_eq!(key(&e).as_deref(), Some(r#"["7","a\"b"]"#));
+        // A part that is absent is not the empty text: that may be another row's key.
+        for absent in [Cell::Null, Cell::Unchanged] {
+            let e = event(&l, Op::Delete, &[Cell::Text(b"7"), Cell::Null, absent]);
+            assert_eq!(key(&e).as_deref(), Some("00000016B374D848:0000000003"));
+        }
     }
 }

@@ -163,7 +163,10 @@ impl BaseWriter {
             // Never an old base without its log.
             File::open(&dir)?.sync_all()?;
             // Entries that the new base already holds are told apart by position, so a crash between the two steps is harmless.
-            File::create(dir.join(CHANGES))?.sync_all()?;
+            // A new file: who still has the old one open and should not write any more does no harm to this one.
+            let empty = dir.join("changes.tmp");
+            File::create(&empty)?.sync_all()?;
+            fs::rename(&empty, dir.join(CHANGES))?;
             File::open(&dir)?.sync_all()
         })();
         at(&dir, whole)

@@ -12,7 +12,7 @@ use super::walk::Walk;
 use crate::config::{self, Config, Envelope, SinkName};
 use crate::enrich::Enricher;
 use crate::enrich::state::require_header;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
 use crate::sink::{self, Opened, Stored};
 use crate::source::catalog;
@@ -96,6 +96,8 @@ impl Held {
         let config = &world.config;
         let confirmed = self.confirmed(world).await?;
         let server = slot::server_lsn(&self.client).await?;
+        // A standby that was restarted takes connections before it is back where it was.
+        let replaying = slot::is_standby(&self.client).await?;
         let origin = require_header(&config.state.dir)?.origin;
         let tables = config.sources(catalog::published_names(&self.client, &config.postgres.publication).await?)?;
         let (mut outlets, mut from, mut have) = (Outlets::default(), None::<Lsn>, None::<Checkpoint>);
@@ -112,7 +114,14 @@ impl Held {
                 outlets.left_out.push(position.unwrap_or(Stored::NOTHING));
                 (label, position)
             };
-            let at = slot::require_position(label, position.map(Stored::checkpoint), confirmed, origin, server)?;
+            let position = position.map(Stored::checkpoint);
+            if let Some(ahead) = position.filter(|position| replaying && position.resume > server) {
+                return Err(Error::unreachable(
+                    "the standby",
+                    format!("it has replayed WAL up to {server} again, {label} stands at {}", ahead.resume),
+                ));
+            }
+            let at = slot::require_position(label, position, confirmed, origin, server)?;
             from = Some(from.map_or(at.resume, |lowest| lowest.min(at.resume)));
             have = if ours { Some(have.map_or(at, |lowest| lowest.min(at))) } else { have };
         }

@@ -57,6 +57,8 @@ pub struct KafkaSink {
     limit: Limit,
     /// `None`: the flat form.
     envelope: Option<Envelope>,
+    /// A piece of a transaction was handed over whose end was not.
+    within: bool,
 }
 
 /// Fences the previous owner and reads the position. Call it only while the slot is held. `tables` are the published ones:
@@ -155,7 +157,9 @@ impl Sink for KafkaSink {
     async fn mark(&mut self, checkpoint: Checkpoint) -> Result<()> {
         let checkpoint = checkpoint.max(self.start);
         let whole = checkpoint.partial.is_none();
-        if self.is_empty() || (!whole && self.records.bytes.len() < PIECE) {
+        // The end of a transaction has no rows of its own; without it the last ones would wait for what comes next.
+        let nothing = self.is_empty() && !(whole && self.within);
+        if nothing || (!whole && self.records.bytes.len() < PIECE) {
             return Ok(());
         }
         self.hand_over(checkpoint, false).await
@@ -213,7 +217,7 @@ impl KafkaSink {
         let committer = Committer::new(producer, &config, progress, give_back);
         let worker = Worker::spawn("kafka", config.produce.queue_bytes.0, start, move |orders| committer.run(&orders))?;
         let (topics, records) = (Arc::new(vec![config.dead_letter_topic()]), Records::default());
-        Ok(Self { config, worker, start, topics, known, records, spent, limit, envelope })
+        Ok(Self { config, worker, start, topics, known, records, spent, limit, envelope, within: false })
     }
 
     /// Encodes an event, unless it is in already.
@@ -340,6 +344,7 @@ impl KafkaSink {
         let records = std::mem::replace(&mut self.records, self.spent.try_recv().unwrap_or_default());
         let size = records.bytes.len() + records.list.len() * size_of::<Record>();
         let piece = Piece { records, topics: Arc::clone(&self.topics), checkpoint, now };
+        self.within = checkpoint.partial.is_some();
         self.worker.send(piece, size).await
     }
 }

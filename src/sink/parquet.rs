@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::event::{Event, Layout};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
 pub use history::{fence, open_history, read_history};
-use position::{not_writable, position, take_over};
+use position::{not_writable, position, sync_dir, take_over};
 use writer::{Began, Encoded, Progress, Todo, Writer};
 
 /// Rows handed to the encoder at once; a fixed number, so that the same range gives the same pages.
@@ -80,7 +80,12 @@ pub fn open(config: &Config, identity: &SlotIdentity) -> Result<Opened> {
 /// # Errors
 /// [`Error::Refused`] for an archive of another stream or with an unreadable last batch.
 pub fn peek(config: &Config, identity: &SlotIdentity) -> Result<Option<Stored>> {
-    Ok(position(config, identity)?.map(Stored))
+    let (dir, position) = (&config.archive.dir, position(config, identity)?);
+    // What a killed owner has renamed into place may not be on the disk yet, and is believed to be.
+    if position.is_some() {
+        sync_dir(dir).map_err(|e| Error::fatal(format_args!("syncing {}", dir.display()), e))?;
+    }
+    Ok(position.map(Stored))
 }
 
 #[async_trait]

@@ -158,6 +158,15 @@ pub fn require_position(
     Ok(position)
 }
 
+/// Whether the server is a standby.
+///
+/// # Errors
+/// [`Error::Unreachable`] when the connection is lost.
+pub async fn is_standby(client: &Client) -> Result<bool> {
+    let row = client.query_one("SELECT pg_catalog.pg_is_in_recovery()", &[]).await.map_err(lost)?;
+    Ok(row.get(0))
+}
+
 /// End of the server's WAL.
 ///
 /// # Errors

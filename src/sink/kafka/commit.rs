@@ -178,7 +178,9 @@ impl Committer {
         });
         open.bytes += piece.records.bytes.len();
         open.checkpoint = piece.checkpoint;
-        open.delay = piece.records.list.last().and_then(|r| r.timestamp).map(age_of).unwrap_or_default();
+        if let Some(last) = piece.records.list.last() {
+            open.delay = last.timestamp.map(age_of).unwrap_or_default();
+        }
         for record in &piece.records.list {
             self.produce(piece, record)?;
         }

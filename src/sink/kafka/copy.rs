@@ -54,7 +54,8 @@ pub async fn open(config: Arc<Config>, copy: &Copy, stop: &CancellationToken) ->
     let existing = on_thread(&config, |config| kafka::topics(&config.kafka, kafka::TIMEOUT)).await?;
     require(&existing, &config.checkpoint_topic())?;
     for topic in topics.iter().filter(|topic| !existing.contains_key(*topic)) {
-        kafka::create_topic(&config.kafka, topic, config.kafka.partitions, &[]).await?;
+        // The records have the times of their commits, and a usual retention would take the oldest away within minutes.
+        kafka::create_topic(&config.kafka, topic, config.kafka.partitions, &[("retention.ms", "-1")]).await?;
         tracing::info!(topic, partitions = config.kafka.partitions, "topic made");
     }
     let (key, wanted) = (format!("replay:{}", copy.name), topics.clone());

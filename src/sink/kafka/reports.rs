@@ -26,7 +26,8 @@ impl ProducerContext for Reports {
 
     fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
         let Err((KafkaError::MessageProduction(code), record)) = result else { return };
-        let for_good = [Code::MessageSizeTooLarge, Code::MessageBatchTooLarge, Code::InvalidRecord];
+        let for_good =
+            [Code::MessageSizeTooLarge, Code::MessageBatchTooLarge, Code::InvalidRecord, Code::InvalidTimestamp];
         if for_good.contains(code) {
             let bytes = record.payload_len() + record.key_len();
             let refused = Refused { code: *code, topic: record.topic().to_owned(), bytes };
@@ -41,6 +42,15 @@ impl Reports {
         let refused = self.0.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         let Refused { code, topic, bytes } = refused;
         Some(match code {
+            Code::InvalidTimestamp => Error::refused(
+                "kafka_timestamp",
+                format!("the broker refuses the time of a record for {topic}, that of its commit: {code}"),
+                "commit times within message.timestamp.before.max.ms and message.timestamp.after.max.ms of the topic",
+                format!(
+                    "set the clock of the database right, or raise these two of {topic} \
+                     (kafka-configs.sh --bootstrap-server … --alter)"
+                ),
+            ),
             Code::InvalidRecord => Error::refused(
                 "kafka_record",
                 format!("the broker refuses a record for {topic}: {code}"),
