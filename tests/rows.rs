@@ -484,3 +484,41 @@ async fn lookup_rows_that_the_publication_filters_out_are_not_joined() {
     titles.sort();
     assert_eq!(titles, [r#"title="shown""#, "title=null"]);
 }
+
+/// Each database has its own idea of how values look; an event that is sent again must not depend on it.
+#[tokio::test(flavor = "multi_thread")]
+async fn values_do_not_depend_on_the_settings_of_the_database() {
+    let mut seen = Vec::new();
+    for (name, settings) in [
+        ("plain", &[][..]),
+        (
+            "settings",
+            &[
+                "quote_all_identifiers = on",
+                "DateStyle = 'SQL, DMY'",
+                "IntervalStyle = 'sql_standard'",
+                "bytea_output = 'escape'",
+                "extra_float_digits = -3",
+                "TimeZone = 'Asia/Muscat'",
+            ],
+        ),
+    ] {
+        let p = Pipeline::bare(Servers::shared(), name).await;
+        for setting in settings {
+            p.run(&format!("ALTER DATABASE {} SET {setting}", p.name)).await;
+        }
+        p.run(
+            "CREATE TYPE mood AS ENUM ('fine');
+             CREATE TABLE seen (id int PRIMARY KEY, kin regclass, at timestamptz, day date, span interval, raw bytea, share float8, mood mood);
+             CREATE PUBLICATION falaj FOR TABLE seen",
+        )
+        .await;
+        p.init().await;
+        let row = r"(1, 'pg_class', '2026-01-02 03:04:05.5Z', '2026-01-02', '1 day 02:00', '\x00ff', 0.1, 'fine')";
+        p.run(&format!("INSERT INTO seen VALUES {row}")).await;
+        p.produce().await;
+        seen.push(shown(&p.values("seen").await, &["kin", "at", "day", "span", "raw", "share", "mood"]));
+    }
+    assert!(seen[0][0].contains(r#"kin="pg_class" at="2026-01-02T03:04:05.500000Z""#), "{:?}", seen[0]);
+    assert_eq!(seen[0], seen[1]);
+}

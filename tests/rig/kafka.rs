@@ -1,5 +1,7 @@
 //! Reads topics as a consumer outside would: read_committed, from the beginning to the end.
 
+use std::time::{Duration, Instant};
+
 use falaj::config::Config;
 use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -96,12 +98,24 @@ async fn ends_at(config: &Config, topics: &[String], isolation: &str) -> Vec<i64
         for topic in &topics {
             let metadata = consumer.fetch_metadata(Some(topic), DEADLINE).unwrap();
             for partition in 0..metadata.topics()[0].partitions().len() as i32 {
-                ends.push(consumer.fetch_watermarks(topic, partition, DEADLINE).unwrap().1);
+                ends.push(end(&consumer, topic, partition));
             }
         }
         ends
     };
     tokio::task::spawn_blocking(work).await.unwrap()
+}
+
+/// A broker that has just come back does not lead its partitions at once.
+fn end(consumer: &BaseConsumer, topic: &str, partition: i32) -> i64 {
+    let began = Instant::now();
+    loop {
+        match consumer.fetch_watermarks(topic, partition, DEADLINE) {
+            Ok((_, end)) => return end,
+            Err(e) => assert!(began.elapsed() < DEADLINE, "{topic}, partition {partition}: {e}"),
+        }
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
 }
 
 /// An open transaction with a record in each partition of a topic: nothing behind them is readable until it has ended.

@@ -289,22 +289,26 @@ async fn check_notes_a_slot_in_use_and_tables_without_identity() {
 }
 
 #[tokio::test]
-async fn init_refuses_a_checkpoint_topic_that_forgets_and_a_table_that_is_not_there() {
+async fn init_tells_of_a_checkpoint_topic_that_forgets_and_refuses_a_table_that_is_not_there() {
     let place = Place::new("strict").await;
     place.sql().await.batch_execute(include_str!("../../sql/01_tables.sql")).await.unwrap();
     let kafka = Config::load(None, std::env::vars()).unwrap().kafka;
     create_topic(&kafka, &format!("{}.checkpoint", place.name), 1, &[("cleanup.policy", "delete")]).await.unwrap();
-    let refused = place.falaj(&["init", "--yes"]);
-    let said = stderr(&refused);
-    assert!(refused.status.code() == Some(78) && said.contains("kafka_checkpoint"), "{said}");
-    let fix = said.split("fix:").nth(1).unwrap();
-    assert!(fix.contains("--bootstrap-server ") && fix.contains("cleanup.policy=compact"), "{said}");
-
     fs::write(place.dir.path().join("falaj.toml"), "[[table]]\nname = \"engagement_event\"\n").unwrap();
     let refused = place.falaj(&["init", "--yes"]);
     let said = stderr(&refused);
     assert!(refused.status.code() == Some(78) && said.contains("no table engagement_event,"), "{said}");
     assert_eq!((slots(&place).await, count(&place, "pg_publication").await), (0, 0));
+
+    fs::remove_file(place.dir.path().join("falaj.toml")).unwrap();
+    let made = place.falaj(&["init", "--yes"]);
+    let said = stderr(&made);
+    assert!(made.status.code() == Some(0) && said.contains("kafka_checkpoint"), "{said}");
+    let fix = said.split("fix:").nth(1).unwrap();
+    assert!(fix.contains("--bootstrap-server ") && fix.contains("cleanup.policy=compact"), "{said}");
+    let (findings, code) = place.check();
+    assert_eq!((code, &finding(&findings, "kafka_checkpoint")["ok"]), (78, &Value::Bool(false)));
+    place.leave().await;
 }
 
 /// A broker says that a topic is made before it knows it itself.
