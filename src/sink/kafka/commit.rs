@@ -228,8 +228,10 @@ impl Committer {
         let (client, deadline) = (self.producer.client().native_ptr(), Instant::now() + longest);
         loop {
             let step = deadline.saturating_duration_since(Instant::now()).min(STEP);
+            // Rounded up: with 0 it returns at once, and the last millisecond would be spent waking librdkafka's threads.
+            let step = step.as_micros().div_ceil(1000) as i32;
             // SAFETY: the pointer belongs to `self.producer`, which lives through the call; rd_kafka_flush is thread-safe.
-            let flushed = unsafe { rdkafka::bindings::rd_kafka_flush(client, step.as_millis() as i32) };
+            let flushed = unsafe { rdkafka::bindings::rd_kafka_flush(client, step) };
             self.producer.poll(Duration::ZERO);
             if flushed == RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR || Instant::now() >= deadline {
                 return;
