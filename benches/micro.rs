@@ -89,6 +89,7 @@ fn lookup() -> (Enricher, Arc<Layout>) {
         origin: Lsn(1),
         adopted: false,
         adopted_snapshot: None,
+        changed: None,
         tables: vec![table],
     };
     let mut base = BaseWriter::create(dir.path(), &header).expect("a writable directory");

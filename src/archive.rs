@@ -34,6 +34,8 @@ pub const META_LAST: &str = "falaj.last";
 pub const META_END_LSN: &str = "falaj.end_lsn";
 /// Footer key: where replication resumes after this batch; below `end_lsn` only while a transaction is half in.
 pub const META_RESUME: &str = "falaj.resume";
+/// Footer key: last change of the lookup rows that the rows below [`META_RESUME`] were enriched with.
+pub const META_LOOKUPS: &str = "falaj.lookups";
 /// Footer key: primary key columns as a JSON array; absent when the table has none.
 pub const META_PRIMARY_KEY: &str = "falaj.primary_key";
 /// Footer key: column whose value is the Kafka record key, where configured.
@@ -202,6 +204,9 @@ pub struct IdlePosition {
     pub identity: SlotIdentity,
     /// Nothing committed below it is missing.
     pub lsn: Lsn,
+    /// Last change of the lookup rows that the rows below `lsn` were enriched with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lookups: Option<Lsn>,
 }
 
 fn read_dir(dir: &Path) -> Result<Vec<std::fs::DirEntry>> {

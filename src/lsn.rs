@@ -142,12 +142,16 @@ pub struct Checkpoint {
     /// Set only while a transaction larger than one batch is half in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partial: Option<Position>,
+    /// Last change of the lookup rows that the events below `resume` were enriched with: an older lookup state than that must
+    /// not go on from here. `None` where nobody has said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lookups: Option<Lsn>,
 }
 
 impl Checkpoint {
     /// At a transaction boundary.
     pub fn whole(resume: Lsn) -> Self {
-        Self { resume, partial: None }
+        Self { resume, partial: None, lookups: None }
     }
 
     /// The one that has got further.
@@ -246,7 +250,7 @@ mod tests {
     #[test]
     fn a_partial_checkpoint_has_the_first_rows_of_its_transaction_only() {
         let at = |l, o| Position { commit_lsn: Lsn(l), ordinal: o };
-        let c = Checkpoint { resume: Lsn(100), partial: Some(at(150, 3)) };
+        let c = Checkpoint { partial: Some(at(150, 3)), ..Checkpoint::whole(Lsn(100)) };
         assert!(c.has(at(99, 7)) && c.has(at(150, 3)));
         assert!(!c.has(at(150, 4)) && !c.has(at(151, 0)));
         assert!(!Checkpoint::whole(Lsn(100)).has(at(100, 0)));

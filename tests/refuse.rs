@@ -1,6 +1,7 @@
 //! What `falaj produce` refuses: with which code and words, and that it has written nothing and moved nothing.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use falaj::lsn::{Lsn, SlotIdentity};
@@ -211,6 +212,56 @@ async fn a_lost_or_torn_lookup_state() {
     std::fs::remove_dir_all(p.archive()).unwrap();
     p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
     must_refuse(&p, &["sink_position", "archive has no position"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_copy_of_the_lookup_state() {
+    // The archive's position stands in its last batch, or, when nothing of ours has come since, in a file.
+    for (sinks, idle) in [("kafka", false), ("archive", false), ("archive", true), ("kafka,archive", true)] {
+        let mut p = Pipeline::new("older").await;
+        p.set("FALAJ_PRODUCE__SINKS", sinks);
+        let play = "INSERT INTO engagement_events (content_id, event_ts) SELECT id, now() FROM content";
+        p.run("INSERT INTO content VALUES (md5('a')::uuid, 'a', 'first', 'podcast', 60, now())").await;
+        p.run(play).await;
+        p.produce().await;
+        let (dir, aside) = (p.config.state.dir.clone(), p.config.state.dir.with_extension("aside"));
+        copy(&dir, &aside);
+        p.run("UPDATE content SET title = 'second'").await;
+        p.run(play).await;
+        p.produce().await;
+        if idle {
+            p.run("CREATE TABLE not_published ()").await;
+            p.produce().await;
+        }
+        assert_eq!(p.archive().join("position.json").exists(), idle);
+        let swap = || {
+            let between = dir.with_extension("between");
+            std::fs::rename(&dir, &between).unwrap();
+            std::fs::rename(&aside, &dir).unwrap();
+            std::fs::rename(&between, &aside).unwrap();
+        };
+        swap();
+        p.run(play).await;
+        must_refuse(&p, &["lookup_state", "an older copy", "--adopt-slot"]).await;
+        swap();
+        p.produce().await;
+        let events = if sinks == "archive" { p.rows("engagement_events") } else { p.values("engagement_events").await };
+        let titles: Vec<_> =
+            events.iter().map(|e| e.split("\"title\":").nth(1).unwrap().split(',').next().unwrap()).collect();
+        assert_eq!(titles, [r#""first""#, r#""second""#, r#""second""#]);
+        // The other way out: the rows of now.
+        swap();
+        p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
+        p.run(play).await;
+        p.produce().await;
+    }
+}
+
+fn copy(dir: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap()) {
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

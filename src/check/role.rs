@@ -5,7 +5,7 @@ use tokio_postgres::Client;
 use super::Found;
 use super::postgres::{at_least, setting};
 use crate::error::{Error, Result};
-use crate::source::conn::sql_error;
+use crate::source::slot;
 
 /// `server_version_num` from which a standby can decode.
 const STANDBY_VERSION: i64 = 160_000;
@@ -27,11 +27,9 @@ pub enum Role {
 /// Whether the server is a primary or a standby that can decode.
 ///
 /// # Errors
-/// [`Error::Refused`] for a standby before Postgres 16.
+/// [`Error::Refused`] for a standby before Postgres 16; [`Error::Unreachable`] when the connection is lost.
 pub async fn server_role(client: &Client) -> Result<Role> {
-    let sql = "SELECT pg_catalog.pg_is_in_recovery()";
-    let standby: bool = client.query_one(sql, &[]).await.map_err(|e| sql_error("server_role", &e))?.get(0);
-    if !standby {
+    if !slot::is_standby(client).await? {
         return Ok(Role::Primary);
     }
     if at_least(client, STANDBY_VERSION).await? {

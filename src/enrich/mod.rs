@@ -96,6 +96,7 @@ pub struct Enricher {
     /// The loaded state holds every change below it.
     from: Lsn,
     origin: Lsn,
+    changed: Lsn,
     adoption: Option<Adoption>,
     /// Look-ups that found a row, since the start.
     pub hits: u64,
@@ -129,14 +130,15 @@ impl Enricher {
             Adoption::parse(snapshot).ok_or_else(|| refused(dir, format!("adopted_snapshot is {snapshot:?}")))
         });
         let (adoption, origin) = (adoption.transpose()?, header.origin);
-        let loaded = Self { caches, log, from: upto.resume, origin, adoption, hits: 0, misses: 0 };
+        let changed = header.changed.unwrap_or(header.lsn);
+        let loaded = Self { caches, log, from: upto.resume, origin, changed, adoption, hits: 0, misses: 0 };
         let compact = loaded.log.bytes()? > COMPACT_AT && !loaded.log.has_tail()?;
         if compact { loaded.compact(dir, header, upto.resume) } else { Ok(loaded) }
     }
 
     /// Writes the rows as of `lsn` as the new base, so that the log does not grow with the years.
     fn compact(mut self, dir: &Path, header: BaseHeader, lsn: Lsn) -> Result<Self> {
-        write_base(dir, BaseHeader { lsn, ..header }, &self.caches)?;
+        write_base(dir, BaseHeader { lsn, changed: Some(self.changed), ..header }, &self.caches)?;
         self.log = ChangeLog::empty(dir)?;
         Ok(self)
     }
@@ -155,6 +157,12 @@ impl Enricher {
     /// Where the slot stood when the state was made: a sink without a position may start only from here.
     pub fn origin(&self) -> Lsn {
         self.origin
+    }
+
+    /// Last change of the rows, or the moment at which they were read from the source: what a position names, so that an older
+    /// copy of the state is not taken for this one.
+    pub fn changed(&self) -> Lsn {
+        self.changed
     }
 
     /// Cached rows of all lookup tables.
@@ -256,6 +264,7 @@ impl Enricher {
     fn record(&mut self, table: usize, at: Position, change: LookupChange) -> Result<()> {
         let entry = Entry { at, table, change };
         self.log.append(&entry)?;
+        self.changed = self.changed.max(at.commit_lsn);
         self.caches[table].apply(entry.change);
         Ok(())
     }
@@ -292,7 +301,7 @@ pub fn copy_state(dir: &Path, upto: Lsn, to: &Path, slot: &str) -> Result<()> {
             caches = Cache::all(&header.tables);
         }
         let identity = SlotIdentity { slot: slot.to_owned(), ..header.identity };
-        return write_base(to, BaseHeader { identity, lsn: upto, origin: upto, ..header }, &caches);
+        return write_base(to, BaseHeader { identity, lsn: upto, origin: upto, changed: None, ..header }, &caches);
     }
 }
 
@@ -377,6 +386,7 @@ mod tests {
                 origin: Lsn(100),
                 adopted: false,
                 adopted_snapshot: None,
+                changed: None,
                 tables,
             };
             let mut base = BaseWriter::create(dir, &header)?;
@@ -479,7 +489,9 @@ mod tests {
         let mut again = enricher(dir.path(), 1000).unwrap();
         assert_eq!(again.rows(), 6);
         assert_eq!(joined(&mut again, Some("a"))[0].as_deref(), Some("Alif"));
-        assert_eq!(state::header(dir.path()).unwrap().map(|h| (h.lsn, h.origin)), Some((Lsn(1000), Lsn(100))));
+        let header = state::header(dir.path()).unwrap().unwrap();
+        assert_eq!((header.lsn, header.origin, header.changed), (Lsn(1000), Lsn(100), Some(Lsn(600))));
+        assert_eq!(again.changed(), Lsn(600));
     }
 
     #[test]

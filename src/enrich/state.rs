@@ -41,8 +41,18 @@ pub struct BaseHeader {
     /// Which transactions the rows of an adoption are already as of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adopted_snapshot: Option<Snapshot>,
+    /// Last change that the rows have, where the stream has brought one since they were read from the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed: Option<Lsn>,
     /// The lookup tables.
     pub tables: Vec<LookupTable>,
+}
+
+impl BaseHeader {
+    /// Last change that the rows have; where they are those that were read from the source, the moment of that.
+    fn last_change(&self) -> Lsn {
+        self.changed.or(self.adopted_snapshot.as_ref().map(|s| s.lsn)).unwrap_or(self.lsn)
+    }
 }
 
 /// A snapshot of the source.
@@ -196,7 +206,6 @@ fn renamed(dir: &Path, from: &str, to: &str) -> Result<()> {
     }
 }
 
-/// An older copy would not be noticed.
 pub(super) const RESTORE: &str = "restore state.dir as it was when produce last ended, or run falaj init --adopt-slot (older events are then \
                                   enriched with the lookup rows of now)";
 
@@ -239,25 +248,31 @@ pub fn require_header(dir: &Path) -> Result<BaseHeader> {
 }
 
 /// Reads the state as of `upto`: hands every base row and every logged change below `upto.resume` to `apply`, in order, and
-/// returns the header and the open log. The later ones stay in it: the stream will bring them again, but perhaps not today.
+/// returns the header, with the last change, and the open log. The later ones stay in it: the stream will bring them again,
+/// but perhaps not today.
 ///
 /// # Errors
-/// [`Error::Refused`] for a missing, torn or foreign file, and for a base that lies beyond `upto`.
+/// [`Error::Refused`] for a missing, torn or foreign file, for a base that lies beyond `upto`, and for a state that lacks
+/// changes which events below `upto` were enriched with.
 pub fn load(
     dir: &Path,
     upto: Checkpoint,
     mut apply: impl FnMut(&BaseHeader, usize, LookupChange) -> Result<()>,
 ) -> Result<(BaseHeader, ChangeLog)> {
     let header = read_base(dir, upto.resume, &mut apply)?;
+    let mut changed = header.last_change();
     let log = ChangeLog::open(dir, |entry| {
-        let wanted = entry.at.commit_lsn >= header.lsn && entry.at.commit_lsn < upto.resume;
-        if wanted {
-            apply(&header, entry.table, entry.change).map(|()| true)
-        } else {
-            Ok(entry.at.commit_lsn < upto.resume)
+        let at = entry.at.commit_lsn;
+        if at >= header.lsn && at < upto.resume {
+            changed = changed.max(at);
+            apply(&header, entry.table, entry.change)?;
         }
+        Ok(at < upto.resume)
     })?;
-    Ok((header, log))
+    match upto.lookups.filter(|last| *last > changed) {
+        Some(last) => Err(older(dir, changed, upto.resume, last)),
+        None => Ok((BaseHeader { changed: Some(changed), ..header }, log)),
+    }
 }
 
 /// Reads the state as of `upto` as [`load`] does, and changes no file: another process may be writing them.
@@ -358,6 +373,19 @@ fn missing(dir: &Path, found: &str) -> Error {
     )
 }
 
+fn older(dir: &Path, changed: Lsn, resume: Lsn, last: Lsn) -> Error {
+    Error::refused(
+        "lookup_state",
+        format!(
+            "{}: an older copy, with the lookup changes up to {changed}; the sinks stand at {resume} and have events that \
+             were enriched with one of {last}",
+            dir.display()
+        ),
+        "a state with every lookup change up to the sinks' position",
+        RESTORE,
+    )
+}
+
 fn line(out: &mut impl Write, value: &impl Serialize) -> std::io::Result<()> {
     serde_json::to_writer(&mut *out, value)?;
     out.write_all(b"\n")
@@ -382,6 +410,7 @@ mod tests {
             origin: Lsn(100),
             adopted: false,
             adopted_snapshot: None,
+            changed: None,
             tables: vec![LookupTable {
                 table: "content".into(),
                 oid: None,
@@ -437,6 +466,32 @@ mod tests {
         assert_eq!(titles(dir.path(), 1000), [some("α"), some("β"), some("γ"), some("δ"), some("ε")]);
         assert!(!append(300, &[(300, "other")]));
         assert_eq!(titles(dir.path(), 1000), [some("α"), some("β"), some("γ"), some("other")]);
+    }
+
+    #[test]
+    fn a_state_without_the_last_change_that_a_position_names_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let began = |header: BaseHeader| BaseWriter::create(dir.path(), &header).and_then(BaseWriter::finish).unwrap();
+        let opened = |resume: u64, last: u64| {
+            let upto = Checkpoint { lookups: Some(Lsn(last)), ..Checkpoint::whole(Lsn(resume)) };
+            load(dir.path(), upto, |_, _, _| Ok(()))
+        };
+        let changed = |resume, last| opened(resume, last).map(|(header, _)| header.changed.unwrap().0).ok();
+        began(sample());
+        let (_, mut log) = opened(100, 100).unwrap();
+        [200, 300].iter().for_each(|at| log.append(&put(*at, "β")).unwrap());
+        log.sync().unwrap();
+        assert_eq!(
+            [(150, 100), (250, 200), (1000, 300)].map(|(r, l)| changed(r, l)),
+            [Some(100), Some(200), Some(300)]
+        );
+        assert_eq!([(150, 101), (250, 201), (1000, 301)].map(|(r, l)| changed(r, l)), [None; 3]);
+        let refused = opened(1000, 301).err().unwrap();
+        assert!(refused.exit_code() == 78 && refused.to_string().contains("an older copy"), "{refused}");
+        // Rows that were read again, at a later moment than their place in the stream, have every change until then.
+        let snapshot = Snapshot { xids: "7:7:".into(), lsn: Lsn(400) };
+        began(BaseHeader { adopted: true, adopted_snapshot: Some(snapshot), ..sample() });
+        assert_eq!([(350, 301), (350, 400)].map(|(r, l)| changed(r, l)), [Some(400); 2]);
     }
 
     #[test]

@@ -400,6 +400,7 @@ impl Plan {
             origin,
             adopted: snapshot.is_none(),
             adopted_snapshot: None,
+            changed: None,
             tables: lookups.iter().map(|l| l.table.clone()).collect(),
         };
         let rows = base::write(&self.client, snapshot, header, lookups, &config.state.dir).await?;

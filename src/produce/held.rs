@@ -92,7 +92,11 @@ impl Held {
 
     /// Fences the sinks, reads their positions, and refuses those that do not fit. Also says where the walk begins, and what
     /// all the chosen sinks have.
-    pub(super) async fn open_outlets(&self, world: &World, chosen: &[SinkName]) -> Result<(Outlets, Lsn, Checkpoint)> {
+    pub(super) async fn open_outlets(
+        &self,
+        world: &World,
+        chosen: &[SinkName],
+    ) -> Result<(Outlets, Checkpoint, Checkpoint)> {
         let config = &world.config;
         let confirmed = self.confirmed(world).await?;
         let server = slot::server_lsn(&self.client).await?;
@@ -100,7 +104,7 @@ impl Held {
         let replaying = slot::is_standby(&self.client).await?;
         let origin = require_header(&config.state.dir)?.origin;
         let tables = config.sources(catalog::published_names(&self.client, &config.postgres.publication).await?)?;
-        let (mut outlets, mut from, mut have) = (Outlets::default(), None::<Lsn>, None::<Checkpoint>);
+        let (mut outlets, mut from, mut have) = (Outlets::default(), None::<Checkpoint>, None::<Checkpoint>);
         for name in &config.produce.sinks {
             let ours = chosen.contains(name);
             let (label, position) = if ours {
@@ -122,17 +126,18 @@ impl Held {
                 ));
             }
             let at = slot::require_position(label, position, confirmed, origin, server)?;
-            from = Some(from.map_or(at.resume, |lowest| lowest.min(at.resume)));
+            from = Some(from.filter(|lowest| lowest.resume <= at.resume).unwrap_or(at));
             have = if ours { Some(have.map_or(at, |lowest| lowest.min(at))) } else { have };
         }
         outlets.sinks.sort_by_key(|sink| !sink.may_refuse());
-        Ok((outlets, from.unwrap_or(confirmed), have.unwrap_or(Checkpoint::whole(Lsn(0)))))
+        let from = from.unwrap_or(Checkpoint::whole(confirmed));
+        Ok((outlets, from, have.unwrap_or(Checkpoint::whole(Lsn(0)))))
     }
 
-    /// The lookup rows as of `from`.
-    pub(super) fn lookups(&self, world: &World, from: Lsn) -> Result<Enricher> {
+    /// The lookup rows as of where `from` resumes.
+    pub(super) fn lookups(&self, world: &World, from: Checkpoint) -> Result<Enricher> {
         let config = &world.config;
-        Enricher::load(&config.state.dir, Checkpoint::whole(from), &self.identity, &config.tables)
+        Enricher::load(&config.state.dir, from, &self.identity, &config.tables)
     }
 
     /// Everything has held: the walk may begin.

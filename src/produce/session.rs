@@ -37,7 +37,9 @@ impl Session {
     pub(super) async fn open(world: &World, chosen: &[SinkName], form: Option<WireForm>) -> Result<Option<Self>> {
         let Some(held) = Held::take(world, form).await? else { return Ok(None) };
         let opened = match held.open_outlets(world, chosen).await {
-            Ok((outlets, from, have)) => held.lookups(world, from).map(|enricher| (outlets, enricher, from, have)),
+            Ok((outlets, from, have)) => {
+                held.lookups(world, from).map(|enricher| (outlets, enricher, from.resume, have))
+            }
             Err(error) => Err(error),
         };
         match opened {
@@ -54,7 +56,7 @@ impl Session {
     pub(super) async fn discarding(world: &World) -> Result<Option<Self>> {
         let Some(held) = Held::take(world, None).await? else { return Ok(None) };
         let from = held.confirmed(world).await?;
-        let enricher = held.lookups(world, from)?;
+        let enricher = held.lookups(world, Checkpoint::whole(from))?;
         let outlets = Outlets { sinks: vec![Box::new(Discard::default())], left_out: Vec::new() };
         Ok(Some(held.start(world, outlets, enricher, from, Checkpoint::whole(Lsn(0)))))
     }
@@ -63,7 +65,7 @@ impl Session {
     pub(super) async fn folding(world: &World, form: Option<WireForm>) -> Result<Option<Self>> {
         let Some(held) = Held::take(world, form).await? else { return Ok(None) };
         let from = held.confirmed(world).await?;
-        let enricher = held.lookups(world, from)?;
+        let enricher = held.lookups(world, Checkpoint::whole(from))?;
         Ok(Some(held.start(world, Outlets::default(), enricher, from, Checkpoint::whole(Lsn(0)))))
     }
 

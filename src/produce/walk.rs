@@ -46,6 +46,8 @@ pub(super) struct Walk {
     resume: Lsn,
     /// Last change of the open transaction.
     last: Option<Position>,
+    /// Last change of the lookup rows below `resume`.
+    lookups: Lsn,
     /// The server waits for an acknowledgement.
     wanted: bool,
     scratch: Vec<u8>,
@@ -80,6 +82,7 @@ impl Walk {
         have: Checkpoint,
     ) -> Self {
         Self {
+            lookups: enricher.changed(),
             enricher,
             client,
             form,
@@ -114,7 +117,7 @@ impl Walk {
 
     /// How far everything has been pushed to the sinks.
     pub(super) fn checkpoint(&self) -> Checkpoint {
-        Checkpoint { resume: self.resume, partial: self.last }
+        Checkpoint { resume: self.resume, partial: self.last, lookups: Some(self.lookups) }
     }
 
     /// Nothing up to `at` is missing, although no transaction ended there.
@@ -259,6 +262,7 @@ impl Walk {
         }
         self.events += self.messages.push_waiting(None, sinks)?;
         (self.resume, self.last) = (self.resume.max(end_lsn), None);
+        self.lookups = self.enricher.changed();
         self.lag.committed(end_lsn, commit_ts);
         Ok(None)
     }

@@ -91,7 +91,7 @@ async fn send(walk: &mut Walk<'_>, opened: Opened) -> Result<()> {
 /// stands at that of the row behind it.
 async fn feed(walk: &mut Walk<'_>, sink: &mut dyn Sink, had: Option<Checkpoint>) -> Result<()> {
     let from = walk.range.from;
-    let at = |position: Option<Position>| Checkpoint { resume: from, partial: position };
+    let at = |position: Option<Position>| Checkpoint { partial: position, ..Checkpoint::whole(from) };
     let (mut prepared, mut pushed, mut skipped) = (BTreeSet::new(), (0_u32, 0_usize), 0);
     let (mut last, mut is_message) = (had.and_then(|had| had.partial), false);
     while let Some(item) = walk.next()? {

@@ -27,6 +27,9 @@ pub struct CheckpointRecord {
     /// Last event of a transaction that is half in; absent at a transaction boundary.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub position: Option<Position>,
+    /// Last change of the lookup rows that the events below `end_lsn` were enriched with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lookups: Option<Lsn>,
     /// Of a replay: what it copies, and into which topics. Absent in the record of the stream itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy: Option<CopyOf>,
@@ -43,14 +46,14 @@ pub struct CopyOf {
 
 impl CheckpointRecord {
     pub(super) fn checkpoint(&self) -> Checkpoint {
-        Checkpoint { resume: self.end_lsn, partial: self.position }
+        Checkpoint { resume: self.end_lsn, partial: self.position, lookups: self.lookups }
     }
 }
 
 /// The record of a stream's position, or of a copy's, under its key.
 pub(super) fn progress(identity: SlotIdentity, key: String, copy: Option<CopyOf>) -> Progress {
-    Box::new(move |Checkpoint { resume: end_lsn, partial: position }| {
-        let record = CheckpointRecord { identity: identity.clone(), end_lsn, position, copy: copy.clone() };
+    Box::new(move |Checkpoint { resume: end_lsn, partial: position, lookups }| {
+        let record = CheckpointRecord { identity: identity.clone(), end_lsn, position, lookups, copy: copy.clone() };
         let value = serde_json::to_vec(&record).map_err(|e| Error::fatal("writing a checkpoint", e))?;
         Ok((key.clone(), value))
     })
@@ -219,14 +222,17 @@ mod tests {
             identity: identity.clone(),
             end_lsn: Lsn(256),
             position: Some(Position { commit_lsn: Lsn(300), ordinal: 4 }),
+            lookups: Some(Lsn(200)),
             copy: None,
         };
         let value = serde_json::to_vec(&record).unwrap();
-        assert_eq!(
-            String::from_utf8(value.clone()).unwrap(),
-            r#"{"identity":{"system_id":"7","timeline":1,"slot":"falaj"},"end_lsn":"0/100","position":{"commit_lsn":"0/12C","ordinal":4}}"#
-        );
+        let text = r#"{"identity":{"system_id":"7","timeline":1,"slot":"falaj"},"end_lsn":"0/100","position":{"commit_lsn":"0/12C","ordinal":4},"lookups":"0/C8"}"#;
+        assert_eq!(std::str::from_utf8(&value).unwrap(), text);
         assert_eq!(parse_record("t", 0, &value, &identity).unwrap(), record);
+        // As falaj 0.1.0 wrote it before it said that.
+        let before = text.replace(r#","lookups":"0/C8""#, "");
+        let read = parse_record("t", 0, before.as_bytes(), &identity).unwrap();
+        assert_eq!(read, CheckpointRecord { lookups: None, ..record.clone() });
         for other in
             [SlotIdentity { timeline: 2, ..identity.clone() }, SlotIdentity { system_id: "8".into(), ..identity }]
         {

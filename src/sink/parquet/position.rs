@@ -92,9 +92,10 @@ fn batch_position(batch: &Batch, identity: &SlotIdentity) -> Result<Checkpoint> 
         None => return Err(refuse("no slot identity in its footer".into())),
     }
     let lsn = |key| value(key).and_then(|v| v.parse::<Lsn>().ok());
+    let lookups = lsn(archive::META_LOOKUPS);
     match (lsn(archive::META_END_LSN), lsn(archive::META_RESUME)) {
-        (Some(end), _) => Ok(Checkpoint::whole(end)),
-        (None, Some(resume)) => Ok(Checkpoint { resume, partial: Some(batch.last) }),
+        (Some(end), _) => Ok(Checkpoint { lookups, ..Checkpoint::whole(end) }),
+        (None, Some(resume)) => Ok(Checkpoint { resume, partial: Some(batch.last), lookups }),
         (None, None) => Err(refuse("no position in its footer".into())),
     }
 }
@@ -118,5 +119,5 @@ fn idle_position(dir: &Path, identity: &SlotIdentity) -> Result<Option<Checkpoin
     if idle.identity != *identity {
         return Err(refuse(format!("the position of {}", idle.identity)));
     }
-    Ok(Some(Checkpoint::whole(idle.lsn)))
+    Ok(Some(Checkpoint { lookups: idle.lookups, ..Checkpoint::whole(idle.lsn) }))
 }

@@ -229,6 +229,7 @@ impl Writer {
         pairs.push((archive::META_TYPES, json(&layout.columns.iter().map(|c| c.ty).collect::<Vec<_>>())?));
         if let Progress::Stream(began) = &self.progress {
             pairs.push((archive::META_RESUME, checkpoint.resume.to_string()));
+            pairs.extend(checkpoint.lookups.map(|at| (archive::META_LOOKUPS, at.to_string())));
             pairs.push(match began {
                 Began::At(origin) => (archive::META_ORIGIN, origin.to_string()),
                 Began::After(last) => (archive::META_PREVIOUS, archive::bound(*last)),
@@ -249,7 +250,8 @@ impl Writer {
         if let Progress::History(_) = self.progress {
             return Ok(());
         }
-        let position = IdlePosition { identity: self.identity.clone(), lsn: checkpoint.resume };
+        let Checkpoint { resume: lsn, lookups, .. } = checkpoint;
+        let position = IdlePosition { identity: self.identity.clone(), lsn, lookups };
         let tmp = self.work.join(archive::POSITION_FILE);
         let stored = (|| {
             let file = File::create(&tmp)?;
