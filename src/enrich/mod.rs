@@ -8,6 +8,8 @@ mod moment;
 mod plan;
 mod row;
 pub mod state;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 
@@ -96,7 +98,8 @@ pub struct Enricher {
     /// The loaded state holds every change below it.
     from: Lsn,
     origin: Lsn,
-    changed: Lsn,
+    /// Last change of the rows: what a position names, so that an older copy of the state is not taken for this one.
+    pub changed: Position,
     adoption: Option<Adoption>,
     /// Look-ups that found a row, since the start.
     pub hits: u64,
@@ -108,10 +111,10 @@ impl Enricher {
     /// Builds the lookup rows as of `upto` from the state directory.
     ///
     /// # Errors
-    /// [`Error::Refused`] for a state that is missing, of another stream, or without a configured column.
+    /// [`Error::Refused`] for a state that is missing, of another stream, without a configured column, or an older copy.
     pub fn load(dir: &Path, upto: Checkpoint, identity: &SlotIdentity, tables: &[config::Table]) -> Result<Self> {
         let mut caches: Vec<Cache> = Vec::new();
-        let (header, log) = state::load(dir, upto, |header, table, change| {
+        let (header, last, log) = state::load(dir, upto.resume, |header, table, change| {
             if caches.is_empty() {
                 caches = Cache::all(&header.tables);
             }
@@ -126,11 +129,15 @@ impl Enricher {
         }
         require_identity(dir, &header, identity)?;
         require_columns(dir, &header.tables, tables)?;
+        let named = upto.lookups.unwrap_or(last);
+        if named > last && !header.holds(named) {
+            return Err(state::older(dir, last, named));
+        }
         let adoption = header.adopted_snapshot.as_ref().map(|snapshot| {
             Adoption::parse(snapshot).ok_or_else(|| refused(dir, format!("adopted_snapshot is {snapshot:?}")))
         });
         let (adoption, origin) = (adoption.transpose()?, header.origin);
-        let changed = header.changed.unwrap_or(header.lsn);
+        let changed = last.max(named);
         let loaded = Self { caches, log, from: upto.resume, origin, changed, adoption, hits: 0, misses: 0 };
         let compact = loaded.log.bytes()? > COMPACT_AT && !loaded.log.has_tail()?;
         if compact { loaded.compact(dir, header, upto.resume) } else { Ok(loaded) }
@@ -157,12 +164,6 @@ impl Enricher {
     /// Where the slot stood when the state was made: a sink without a position may start only from here.
     pub fn origin(&self) -> Lsn {
         self.origin
-    }
-
-    /// Last change of the rows, or the moment at which they were read from the source: what a position names, so that an older
-    /// copy of the state is not taken for this one.
-    pub fn changed(&self) -> Lsn {
-        self.changed
     }
 
     /// Cached rows of all lookup tables.
@@ -216,15 +217,13 @@ impl Enricher {
     /// [`Error::Refused`] when the key or a joined column is gone, when it is another table, or when the cached rows cannot
     /// be what the table holds now; [`Error::Fatal`] when the disk refuses.
     pub fn relation(&mut self, table: usize, relation: &Relation, next: Position, xid: Option<u32>) -> Result<bool> {
-        // The loaded state has it already.
-        if next.commit_lsn < self.from {
-            return Ok(false);
-        }
         let seen = self.adopted(next, xid);
         let cache = &mut self.caches[table];
         let under = cache.under(relation);
+        // The server describes a relation once, which may be below what is loaded, and rows of it may come after that.
         cache.follows = !seen || matches!(under, Ok(None));
-        if !cache.follows {
+        // The loaded state has it already.
+        if !cache.follows || next.commit_lsn < self.from {
             return Ok(false);
         }
         let Some(fresh) = under? else { return Ok(false) };
@@ -264,7 +263,7 @@ impl Enricher {
     fn record(&mut self, table: usize, at: Position, change: LookupChange) -> Result<()> {
         let entry = Entry { at, table, change };
         self.log.append(&entry)?;
-        self.changed = self.changed.max(at.commit_lsn);
+        self.changed = self.changed.max(at);
         self.caches[table].apply(entry.change);
         Ok(())
     }
@@ -325,187 +324,4 @@ fn refused(dir: &Path, found: String) -> Error {
         "the lookup state of this slot, with every lookup column of the configuration",
         state::RESTORE,
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::state::{ColumnType, LookupTable};
-    use super::*;
-    use crate::change::RowChange;
-    use crate::pgoutput::{Message, Tuple, parse};
-    use crate::schema::Column;
-
-    fn row(cells: &[Option<&str>]) -> Vec<u8> {
-        let mut out = b"I\0\0\0\x01N".to_vec();
-        out.extend((cells.len() as u16).to_be_bytes());
-        for cell in cells {
-            match cell {
-                None => out.push(b'n'),
-                Some("<unchanged>") => out.push(b'u'),
-                Some(text) => {
-                    out.push(b't');
-                    out.extend((text.len() as u32).to_be_bytes());
-                    out.extend(text.as_bytes());
-                }
-            }
-        }
-        out
-    }
-
-    fn tuple(bytes: &[u8]) -> Tuple<'_> {
-        let Message::Insert { new, .. } = parse(bytes, false).unwrap() else { panic!() };
-        new
-    }
-
-    fn relation(name: &str, columns: &[(&str, u32)]) -> Relation {
-        let columns =
-            columns.iter().map(|(n, t)| Column { name: (*n).into(), type_oid: *t, type_mod: -1, identity: *n == "id" });
-        Relation {
-            oid: 1,
-            namespace: "public".into(),
-            name: name.into(),
-            replica_identity: b'd',
-            columns: columns.collect(),
-        }
-    }
-
-    fn content() -> Relation {
-        relation("content", &[("id", 25), ("slug", 25), ("title", 25), ("content_type", 25), ("length_seconds", 23)])
-    }
-
-    fn enricher(dir: &Path, upto: u64) -> Result<Enricher> {
-        let identity = SlotIdentity { system_id: "7".into(), timeline: 1, slot: "falaj".into() };
-        if state::header(dir)?.is_none() {
-            let column = |name: &str, type_oid| ColumnType { name: name.into(), type_oid, type_mod: -1 };
-            let columns = vec![column("title", 25), column("content_type", 25), column("length_seconds", 23)];
-            let tables = vec![LookupTable { table: "content".into(), oid: None, key: column("id", 25), columns }];
-            let header = BaseHeader {
-                version: 1,
-                identity: identity.clone(),
-                lsn: Lsn(100),
-                origin: Lsn(100),
-                adopted: false,
-                adopted_snapshot: None,
-                changed: None,
-                tables,
-            };
-            let mut base = BaseWriter::create(dir, &header)?;
-            base.row(0, "a", &[Some("Alif"), Some("podcast"), Some("60")])?;
-            base.finish()?;
-        }
-        let tables = config::Config::defaults()?.tables;
-        Enricher::load(dir, Checkpoint::whole(Lsn(upto)), &identity, &tables)
-    }
-
-    fn change(at: u64, row: RowChange<'_>) -> Change<'_> {
-        Change { at: Position { commit_lsn: Lsn(at), ordinal: 0 }, commit_ts: 0, xid: 7, relation: 1, row }
-    }
-
-    fn joined(e: &mut Enricher, key: Option<&str>) -> Vec<Option<String>> {
-        let events = relation("engagement_events", &[("id", 20), ("content_id", 25), ("duration_ms", 23)]);
-        let tables = config::Config::defaults().unwrap().tables;
-        let layout = e.layout(0, events, vec![0], Some(&tables[0])).unwrap();
-        let bytes = row(&[Some("1"), key, Some("900")]);
-        let mut scratch = Vec::new();
-        let mut cells: Cells<'_> = tuple(&bytes).cells().collect();
-        e.extend(&layout, &mut cells, &mut scratch).unwrap();
-        let text = |c: &Cell<'_>| match c {
-            Cell::Text(t) => Some(String::from_utf8(t.to_vec()).unwrap()),
-            _ => None,
-        };
-        cells[3..].iter().map(text).collect()
-    }
-
-    fn texts(values: [Option<&str>; 5]) -> Vec<Option<String>> {
-        values.map(|v| v.map(str::to_owned)).to_vec()
-    }
-
-    #[test]
-    fn events_see_lookup_rows_as_of_their_own_position() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut e = enricher(dir.path(), 100).unwrap();
-        assert_eq!(
-            joined(&mut e, Some("a")),
-            texts([Some("Alif"), Some("podcast"), Some("60"), Some("0.900"), Some("0.02")])
-        );
-        assert_eq!(joined(&mut e, None), texts([None, None, None, Some("0.900"), None]));
-        assert_eq!((e.hits, e.misses), (1, 1));
-
-        let bytes = row(&[Some("a"), Some("s"), Some("<unchanged>"), None, Some("30")]);
-        e.fold(0, &content(), &change(200, RowChange::Update(None, tuple(&bytes)))).unwrap();
-        assert_eq!(joined(&mut e, Some("a"))[..3], texts([Some("Alif"), None, Some("30"), None, None])[..3]);
-
-        let (old, new) =
-            (row(&[Some("a"), None, None, None, None]), row(&[Some("b"), Some("s"), Some("Ba"), None, None]));
-        let moved = RowChange::Update(Some(crate::pgoutput::Old::Key(tuple(&old))), tuple(&new));
-        e.fold(0, &content(), &change(300, moved)).unwrap();
-        assert_eq!(joined(&mut e, Some("a"))[0], None);
-        assert_eq!(joined(&mut e, Some("b"))[0].as_deref(), Some("Ba"));
-
-        // A TOASTed key that did not change stands in the old row alone.
-        let (old, new) =
-            (row(&[Some("b"), None, None, None, None]), row(&[Some("<unchanged>"), None, Some("Ta"), None, None]));
-        let kept = RowChange::Update(Some(crate::pgoutput::Old::Key(tuple(&old))), tuple(&new));
-        e.fold(0, &content(), &change(350, kept)).unwrap();
-        assert_eq!(joined(&mut e, Some("b"))[0].as_deref(), Some("Ta"));
-
-        e.fold(0, &content(), &change(400, RowChange::Truncate)).unwrap();
-        assert_eq!(joined(&mut e, Some("b"))[0], None);
-        e.sync().unwrap();
-
-        // A restart at any kept position sees what that position saw; later changes come again from the stream.
-        assert_eq!(joined(&mut enricher(dir.path(), 400).unwrap(), Some("b"))[0].as_deref(), Some("Ta"));
-        assert_eq!(
-            joined(&mut enricher(dir.path(), 300).unwrap(), Some("a"))[..1],
-            texts([Some("Alif"), None, None, None, None])[..1]
-        );
-    }
-
-    #[test]
-    fn a_lookup_table_whose_changes_do_not_bring_its_key_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut e = enricher(dir.path(), 100).unwrap();
-        let mut by_slug = content();
-        by_slug.columns.iter_mut().for_each(|column| column.identity = column.name == "slug");
-        let next = Position { commit_lsn: Lsn(200), ordinal: 0 };
-        let Err(Error::Refused(refusal)) = e.relation(0, &by_slug, next, None) else { panic!() };
-        assert_eq!(refusal.check, "lookup_identity");
-    }
-
-    #[test]
-    fn a_long_log_becomes_a_new_base_without_a_row_changed() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut e = enricher(dir.path(), 100).unwrap();
-        let long = "x".repeat(1 << 20);
-        for (at, key) in [(200, "b"), (300, "c"), (400, "d"), (500, "e"), (600, "f")] {
-            let bytes = row(&[Some(key), Some("s"), Some(&long), None, Some("30")]);
-            e.fold(0, &content(), &change(at, RowChange::Insert(tuple(&bytes)))).unwrap();
-        }
-        e.sync().unwrap();
-        let size = |file: &str| std::fs::metadata(dir.path().join(file)).unwrap().len();
-        assert!(size("changes.jsonl") > COMPACT_AT);
-        assert_eq!(enricher(dir.path(), 1000).unwrap().rows(), 6);
-        assert_eq!(size("changes.jsonl"), 0);
-        let mut again = enricher(dir.path(), 1000).unwrap();
-        assert_eq!(again.rows(), 6);
-        assert_eq!(joined(&mut again, Some("a"))[0].as_deref(), Some("Alif"));
-        let header = state::header(dir.path()).unwrap().unwrap();
-        assert_eq!((header.lsn, header.origin, header.changed), (Lsn(1000), Lsn(100), Some(Lsn(600))));
-        assert_eq!(again.changed(), Lsn(600));
-    }
-
-    #[test]
-    fn a_column_that_would_stand_twice_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let e = enricher(dir.path(), 100).unwrap();
-        let tables = config::Config::defaults().unwrap().tables;
-        for (extra, check) in [("title", "column_names"), ("_id", "column_names")] {
-            let events =
-                relation("engagement_events", &[("id", 20), ("content_id", 25), ("duration_ms", 23), (extra, 25)]);
-            let Err(Error::Refused(r)) = e.layout(0, events, vec![0], Some(&tables[0])) else { panic!() };
-            assert_eq!(r.check, check);
-        }
-        let events = relation("engagement_events", &[("id", 20)]);
-        assert_eq!(e.layout(0, events, vec![0], Some(&tables[0])).unwrap_err().exit_code(), 78);
-    }
 }

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
+use crate::lsn::{Lsn, Position, SlotIdentity};
 use crate::schema::Type;
 
 pub use log::ChangeLog;
@@ -41,17 +41,23 @@ pub struct BaseHeader {
     /// Which transactions the rows of an adoption are already as of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adopted_snapshot: Option<Snapshot>,
-    /// Last change that the rows have, where the stream has brought one since they were read from the source.
+    /// Last change that the rows have; absent while they are those that were read from the source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub changed: Option<Lsn>,
+    pub changed: Option<Position>,
     /// The lookup tables.
     pub tables: Vec<LookupTable>,
 }
 
 impl BaseHeader {
-    /// Last change that the rows have; where they are those that were read from the source, the moment of that.
-    fn last_change(&self) -> Lsn {
-        self.changed.or(self.adopted_snapshot.as_ref().map(|s| s.lsn)).unwrap_or(self.lsn)
+    /// Last change that the rows have; where they were read from the source, a place directly before `lsn`.
+    fn last_change(&self) -> Position {
+        self.changed.unwrap_or(Position { commit_lsn: Lsn(self.lsn.0.saturating_sub(1)), ordinal: 0 })
+    }
+
+    /// Whether the rows are as of a later moment than a change.
+    pub(super) fn holds(&self, change: Position) -> bool {
+        let moment = self.adopted_snapshot.as_ref().map_or(self.lsn, |adopted| adopted.lsn.max(self.lsn));
+        change.commit_lsn < moment
     }
 }
 
@@ -173,14 +179,28 @@ impl BaseWriter {
             // Never an old base without its log.
             File::open(&dir)?.sync_all()?;
             // Entries that the new base already holds are told apart by position, so a crash between the two steps is harmless.
-            // A new file: who still has the old one open and should not write any more does no harm to this one.
-            let empty = dir.join("changes.tmp");
-            File::create(&empty)?.sync_all()?;
-            fs::rename(&empty, dir.join(CHANGES))?;
-            File::open(&dir)?.sync_all()
+            empty_log(&dir)
         })();
         at(&dir, whole)
     }
+}
+
+/// A new file: who still has the old one open and should not write any more does no harm to this one.
+fn empty_log(dir: &Path) -> std::io::Result<()> {
+    let empty = dir.join("changes.tmp");
+    File::create(&empty)?.sync_all()?;
+    fs::rename(&empty, dir.join(CHANGES))?;
+    File::open(dir)?.sync_all()
+}
+
+/// Takes base and log away before [`BaseWriter::finish`] of a base whose rows are as of a later moment than its `lsn`: with it,
+/// the log's entries would count a second time. A crash in between leaves no state, which is refused.
+///
+/// # Errors
+/// [`Error::Fatal`] with the path when the disk refuses.
+pub fn clear(dir: &Path) -> Result<()> {
+    set_aside(dir)?;
+    at(dir, empty_log(dir))
 }
 
 /// Sets the base aside, where there is one, so that there is none until another one is written.
@@ -247,32 +267,28 @@ pub fn require_header(dir: &Path) -> Result<BaseHeader> {
     header(dir)?.ok_or_else(|| missing(dir, "no base.jsonl"))
 }
 
-/// Reads the state as of `upto`: hands every base row and every logged change below `upto.resume` to `apply`, in order, and
-/// returns the header, with the last change, and the open log. The later ones stay in it: the stream will bring them again,
-/// but perhaps not today.
+/// Reads the state as of `upto`: hands every base row and every logged change below it to `apply`, in order, and returns the
+/// header, the last of these changes, and the open log. The later ones stay in it: the stream will bring them again, but
+/// perhaps not today.
 ///
 /// # Errors
-/// [`Error::Refused`] for a missing, torn or foreign file, for a base that lies beyond `upto`, and for a state that lacks
-/// changes which events below `upto` were enriched with.
+/// [`Error::Refused`] for a missing, torn or foreign file, and for a base that lies beyond `upto`.
 pub fn load(
     dir: &Path,
-    upto: Checkpoint,
+    upto: Lsn,
     mut apply: impl FnMut(&BaseHeader, usize, LookupChange) -> Result<()>,
-) -> Result<(BaseHeader, ChangeLog)> {
-    let header = read_base(dir, upto.resume, &mut apply)?;
-    let mut changed = header.last_change();
+) -> Result<(BaseHeader, Position, ChangeLog)> {
+    let header = read_base(dir, upto, &mut apply)?;
+    let mut last = header.last_change();
     let log = ChangeLog::open(dir, |entry| {
-        let at = entry.at.commit_lsn;
-        if at >= header.lsn && at < upto.resume {
-            changed = changed.max(at);
+        let at = entry.at;
+        if at.commit_lsn >= header.lsn && at.commit_lsn < upto {
+            last = last.max(at);
             apply(&header, entry.table, entry.change)?;
         }
-        Ok(at < upto.resume)
+        Ok(at.commit_lsn < upto)
     })?;
-    match upto.lookups.filter(|last| *last > changed) {
-        Some(last) => Err(older(dir, changed, upto.resume, last)),
-        None => Ok((BaseHeader { changed: Some(changed), ..header }, log)),
-    }
+    Ok((header, last, log))
 }
 
 /// Reads the state as of `upto` as [`load`] does, and changes no file: another process may be writing them.
@@ -373,13 +389,18 @@ fn missing(dir: &Path, found: &str) -> Error {
     )
 }
 
-fn older(dir: &Path, changed: Lsn, resume: Lsn, last: Lsn) -> Error {
+/// The refusal of a state whose last change is not that of the sinks' position.
+pub(super) fn older(dir: &Path, last: Position, named: Position) -> Error {
     Error::refused(
         "lookup_state",
         format!(
-            "{}: an older copy, with the lookup changes up to {changed}; the sinks stand at {resume} and have events that \
-             were enriched with one of {last}",
-            dir.display()
+            "{}: an older copy, with the lookup changes up to {}, row {}; the sinks have events that were enriched with that of \
+             {}, row {}",
+            dir.display(),
+            last.commit_lsn,
+            last.ordinal,
+            named.commit_lsn,
+            named.ordinal
         ),
         "a state with every lookup change up to the sinks' position",
         RESTORE,
@@ -427,7 +448,7 @@ mod tests {
 
     fn titles(dir: &Path, resume: u64) -> Vec<Option<String>> {
         let mut seen = Vec::new();
-        load(dir, Checkpoint::whole(Lsn(resume)), |_, _, change| {
+        load(dir, Lsn(resume), |_, _, change| {
             if let LookupChange::Put((_, mut values)) = change {
                 seen.push(values.remove(0));
             }
@@ -443,7 +464,7 @@ mod tests {
         let mut base = BaseWriter::create(dir.path(), &sample()).unwrap();
         base.row(0, "k", &[Some("α")]).unwrap();
         base.finish().unwrap();
-        let (_, mut log) = load(dir.path(), Checkpoint::whole(Lsn(100)), |_, _, _| Ok(())).unwrap();
+        let (_, _, mut log) = load(dir.path(), Lsn(100), |_, _, _| Ok(())).unwrap();
         for (at, title) in [(100, "β"), (200, "γ"), (300, "δ")] {
             log.append(&put(at, title)).unwrap();
         }
@@ -454,7 +475,7 @@ mod tests {
         assert_eq!(titles(dir.path(), 1000), [some("α"), some("β"), some("γ"), some("δ")]);
         assert_eq!(titles(dir.path(), 300), [some("α"), some("β"), some("γ")]);
         let append = |resume: u64, entries: &[(u64, &str)]| {
-            let (_, mut log) = load(dir.path(), Checkpoint::whole(Lsn(resume)), |_, _, _| Ok(())).unwrap();
+            let (_, _, mut log) = load(dir.path(), Lsn(resume), |_, _, _| Ok(())).unwrap();
             entries.iter().for_each(|(at, title)| log.append(&put(*at, title)).unwrap());
             log.sync().unwrap();
             log.has_tail().unwrap()
@@ -469,40 +490,14 @@ mod tests {
     }
 
     #[test]
-    fn a_state_without_the_last_change_that_a_position_names_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let began = |header: BaseHeader| BaseWriter::create(dir.path(), &header).and_then(BaseWriter::finish).unwrap();
-        let opened = |resume: u64, last: u64| {
-            let upto = Checkpoint { lookups: Some(Lsn(last)), ..Checkpoint::whole(Lsn(resume)) };
-            load(dir.path(), upto, |_, _, _| Ok(()))
-        };
-        let changed = |resume, last| opened(resume, last).map(|(header, _)| header.changed.unwrap().0).ok();
-        began(sample());
-        let (_, mut log) = opened(100, 100).unwrap();
-        [200, 300].iter().for_each(|at| log.append(&put(*at, "β")).unwrap());
-        log.sync().unwrap();
-        assert_eq!(
-            [(150, 100), (250, 200), (1000, 300)].map(|(r, l)| changed(r, l)),
-            [Some(100), Some(200), Some(300)]
-        );
-        assert_eq!([(150, 101), (250, 201), (1000, 301)].map(|(r, l)| changed(r, l)), [None; 3]);
-        let refused = opened(1000, 301).err().unwrap();
-        assert!(refused.exit_code() == 78 && refused.to_string().contains("an older copy"), "{refused}");
-        // Rows that were read again, at a later moment than their place in the stream, have every change until then.
-        let snapshot = Snapshot { xids: "7:7:".into(), lsn: Lsn(400) };
-        began(BaseHeader { adopted: true, adopted_snapshot: Some(snapshot), ..sample() });
-        assert_eq!([(350, 301), (350, 400)].map(|(r, l)| changed(r, l)), [Some(400); 2]);
-    }
-
-    #[test]
     fn a_torn_or_lost_base_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let upto = Checkpoint::whole(Lsn(100));
+        let upto = Lsn(100);
         assert_eq!(load(dir.path(), upto, |_, _, _| Ok(())).err().unwrap().exit_code(), 78);
         let mut base = BaseWriter::create(dir.path(), &sample()).unwrap();
         base.row(0, "k", &[None]).unwrap();
         base.finish().unwrap();
-        assert_eq!(load(dir.path(), Checkpoint::whole(Lsn(99)), |_, _, _| Ok(())).err().unwrap().exit_code(), 78);
+        assert_eq!(load(dir.path(), Lsn(99), |_, _, _| Ok(())).err().unwrap().exit_code(), 78);
         let text = fs::read_to_string(dir.path().join(BASE)).unwrap();
         let cut = text.trim_end().rsplit_once('\n').unwrap().0;
         fs::write(dir.path().join(BASE), cut).unwrap();

@@ -7,7 +7,7 @@ use tokio_postgres::Client;
 
 use super::origin;
 use crate::config;
-use crate::enrich::state::{BaseHeader, BaseWriter, ColumnType, LookupTable, Snapshot};
+use crate::enrich::state::{self, BaseHeader, BaseWriter, ColumnType, LookupTable, Snapshot};
 use crate::enrich::wanted;
 use crate::error::{Error, Result};
 use crate::schema::Column;
@@ -120,6 +120,9 @@ pub(super) async fn write(
     client.batch_execute("COMMIT").await.map_err(failed)?;
     // With the base everything counts as written.
     origin.map_or(Ok(()), |origin| origin::write(dir, &origin))?;
+    if snapshot.is_none() {
+        state::clear(dir)?;
+    }
     out.finish()?;
     Ok(count)
 }

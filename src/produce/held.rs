@@ -126,7 +126,7 @@ impl Held {
                 ));
             }
             let at = slot::require_position(label, position, confirmed, origin, server)?;
-            from = Some(from.filter(|lowest| lowest.resume <= at.resume).unwrap_or(at));
+            from = from.into_iter().chain([at]).min_by_key(|position| position.resume);
             have = if ours { Some(have.map_or(at, |lowest| lowest.min(at))) } else { have };
         }
         outlets.sinks.sort_by_key(|sink| !sink.may_refuse());

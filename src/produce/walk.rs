@@ -47,7 +47,7 @@ pub(super) struct Walk {
     /// Last change of the open transaction.
     last: Option<Position>,
     /// Last change of the lookup rows below `resume`.
-    lookups: Lsn,
+    lookups: Position,
     /// The server waits for an acknowledgement.
     wanted: bool,
     scratch: Vec<u8>,
@@ -82,7 +82,7 @@ impl Walk {
         have: Checkpoint,
     ) -> Self {
         Self {
-            lookups: enricher.changed(),
+            lookups: enricher.changed,
             enricher,
             client,
             form,
@@ -262,7 +262,7 @@ impl Walk {
         }
         self.events += self.messages.push_waiting(None, sinks)?;
         (self.resume, self.last) = (self.resume.max(end_lsn), None);
-        self.lookups = self.enricher.changed();
+        self.lookups = self.enricher.changed;
         self.lag.committed(end_lsn, commit_ts);
         Ok(None)
     }

@@ -29,7 +29,7 @@ pub struct CheckpointRecord {
     pub position: Option<Position>,
     /// Last change of the lookup rows that the events below `end_lsn` were enriched with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lookups: Option<Lsn>,
+    pub lookups: Option<Position>,
     /// Of a replay: what it copies, and into which topics. Absent in the record of the stream itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy: Option<CopyOf>,
@@ -222,15 +222,15 @@ mod tests {
             identity: identity.clone(),
             end_lsn: Lsn(256),
             position: Some(Position { commit_lsn: Lsn(300), ordinal: 4 }),
-            lookups: Some(Lsn(200)),
+            lookups: Some(Position { commit_lsn: Lsn(200), ordinal: 1 }),
             copy: None,
         };
         let value = serde_json::to_vec(&record).unwrap();
-        let text = r#"{"identity":{"system_id":"7","timeline":1,"slot":"falaj"},"end_lsn":"0/100","position":{"commit_lsn":"0/12C","ordinal":4},"lookups":"0/C8"}"#;
+        let text = r#"{"identity":{"system_id":"7","timeline":1,"slot":"falaj"},"end_lsn":"0/100","position":{"commit_lsn":"0/12C","ordinal":4},"lookups":{"commit_lsn":"0/C8","ordinal":1}}"#;
         assert_eq!(std::str::from_utf8(&value).unwrap(), text);
         assert_eq!(parse_record("t", 0, &value, &identity).unwrap(), record);
         // As falaj 0.1.0 wrote it before it said that.
-        let before = text.replace(r#","lookups":"0/C8""#, "");
+        let before = text.replace(r#","lookups":{"commit_lsn":"0/C8","ordinal":1}"#, "");
         let read = parse_record("t", 0, before.as_bytes(), &identity).unwrap();
         assert_eq!(read, CheckpointRecord { lookups: None, ..record.clone() });
         for other in

@@ -92,7 +92,7 @@ fn batch_position(batch: &Batch, identity: &SlotIdentity) -> Result<Checkpoint> 
         None => return Err(refuse("no slot identity in its footer".into())),
     }
     let lsn = |key| value(key).and_then(|v| v.parse::<Lsn>().ok());
-    let lookups = lsn(archive::META_LOOKUPS);
+    let lookups = value(archive::META_LOOKUPS).and_then(archive::parse_bound);
     match (lsn(archive::META_END_LSN), lsn(archive::META_RESUME)) {
         (Some(end), _) => Ok(Checkpoint { lookups, ..Checkpoint::whole(end) }),
         (None, Some(resume)) => Ok(Checkpoint { resume, partial: Some(batch.last), lookups }),

@@ -229,7 +229,7 @@ impl Writer {
         pairs.push((archive::META_TYPES, json(&layout.columns.iter().map(|c| c.ty).collect::<Vec<_>>())?));
         if let Progress::Stream(began) = &self.progress {
             pairs.push((archive::META_RESUME, checkpoint.resume.to_string()));
-            pairs.extend(checkpoint.lookups.map(|at| (archive::META_LOOKUPS, at.to_string())));
+            pairs.extend(checkpoint.lookups.map(|at| (archive::META_LOOKUPS, archive::bound(at))));
             pairs.push(match began {
                 Began::At(origin) => (archive::META_ORIGIN, origin.to_string()),
                 Began::After(last) => (archive::META_PREVIOUS, archive::bound(*last)),
