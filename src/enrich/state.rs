@@ -6,11 +6,12 @@
 //! `base.jsonl`: a [`BaseHeader`], then one array `[table, key, value…]` a row, then `{"rows":N}`.
 //! `changes.jsonl`: one [`Entry`] a line. A torn last line was never acknowledged and is dropped.
 
+mod base;
 mod log;
 
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -18,11 +19,10 @@ use crate::error::{Error, Result};
 use crate::lsn::{Lsn, Position, SlotIdentity};
 use crate::schema::Type;
 
+use base::read_base;
+pub use base::{BaseWriter, clear, header, put_back, require_header, set_aside};
 pub use log::ChangeLog;
 
-const BASE: &str = "base.jsonl";
-/// The base of a slot that was gone when a new one of its name was made.
-const ASIDE: &str = "base.jsonl.old";
 const CHANGES: &str = "changes.jsonl";
 
 /// First line of the base.
@@ -131,115 +131,8 @@ pub enum LookupChange {
     Relation(LookupTable),
 }
 
-/// Last line of the base.
-#[derive(Serialize, Deserialize)]
-struct End {
-    rows: u64,
-}
-
-/// Writes a base so that it appears whole or not at all.
-pub struct BaseWriter {
-    dir: PathBuf,
-    tmp: PathBuf,
-    out: BufWriter<File>,
-    rows: u64,
-}
-
-impl BaseWriter {
-    /// Starts a base in `dir`, which is created when absent.
-    ///
-    /// # Errors
-    /// [`Error::Fatal`] with the path when the disk refuses.
-    pub fn create(dir: &Path, header: &BaseHeader) -> Result<Self> {
-        let tmp = dir.join("base.tmp");
-        let mut out = at(dir, fs::create_dir_all(dir).and_then(|()| File::create(&tmp)).map(BufWriter::new))?;
-        at(dir, line(&mut out, header))?;
-        Ok(Self { dir: dir.to_owned(), tmp, out, rows: 0 })
-    }
-
-    /// Adds a row of table number `table`: key and values as Postgres's text.
-    ///
-    /// # Errors
-    /// [`Error::Fatal`] with the path when the disk refuses.
-    pub fn row(&mut self, table: usize, key: &str, values: &[Option<&str>]) -> Result<()> {
-        self.rows += 1;
-        at(&self.dir, line(&mut self.out, &(table, key, values)))
-    }
-
-    /// Makes the base the current one, durably, and empties the change log.
-    ///
-    /// # Errors
-    /// [`Error::Fatal`] with the path when the disk refuses.
-    pub fn finish(mut self) -> Result<()> {
-        let dir = self.dir;
-        let whole = (|| {
-            line(&mut self.out, &End { rows: self.rows })?;
-            self.out.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
-            fs::rename(&self.tmp, dir.join(BASE))?;
-            // Never an old base without its log.
-            File::open(&dir)?.sync_all()?;
-            // Entries that the new base already holds are told apart by position, so a crash between the two steps is harmless.
-            empty_log(&dir)
-        })();
-        at(&dir, whole)
-    }
-}
-
-/// A new file: who still has the old one open and should not write any more does no harm to this one.
-fn empty_log(dir: &Path) -> std::io::Result<()> {
-    let empty = dir.join("changes.tmp");
-    File::create(&empty)?.sync_all()?;
-    fs::rename(&empty, dir.join(CHANGES))?;
-    File::open(dir)?.sync_all()
-}
-
-/// Takes base and log away before [`BaseWriter::finish`] of a base whose rows are as of a later moment than its `lsn`: with it,
-/// the log's entries would count a second time. A crash in between leaves no state, which is refused.
-///
-/// # Errors
-/// [`Error::Fatal`] with the path when the disk refuses.
-pub fn clear(dir: &Path) -> Result<()> {
-    set_aside(dir)?;
-    at(dir, empty_log(dir))
-}
-
-/// Sets the base aside, where there is one, so that there is none until another one is written.
-///
-/// # Errors
-/// [`Error::Fatal`] with the path when the disk refuses.
-pub fn set_aside(dir: &Path) -> Result<()> {
-    renamed(dir, BASE, ASIDE)
-}
-
-/// Undoes [`set_aside`].
-///
-/// # Errors
-/// [`Error::Fatal`] with the path when the disk refuses.
-pub fn put_back(dir: &Path) -> Result<()> {
-    renamed(dir, ASIDE, BASE)
-}
-
-fn renamed(dir: &Path, from: &str, to: &str) -> Result<()> {
-    match fs::rename(dir.join(from), dir.join(to)) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        renamed => at(dir, renamed.and_then(|()| File::open(dir)?.sync_all())),
-    }
-}
-
 pub(super) const RESTORE: &str = "restore state.dir as it was when produce last ended, or run falaj init --adopt-slot (older events are then \
                                   enriched with the lookup rows of now)";
-
-/// Reads the header of the base; `None` when there is no base.
-///
-/// # Errors
-/// [`Error::Refused`] when the file is there and is not a base.
-pub fn header(dir: &Path) -> Result<Option<BaseHeader>> {
-    match File::open(dir.join(BASE)) {
-        Ok(file) => Ok(Some(read_header(dir, &mut BufReader::new(file))?)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => at(dir, Err(e)),
-    }
-}
 
 /// The lookup tables as the newest entries of the log have them, read beside whoever writes it; `None` when there is no base.
 ///
@@ -257,14 +150,6 @@ pub fn tables(dir: &Path) -> Result<Option<Vec<LookupTable>>> {
         }
     }
     Ok(Some(tables))
-}
-
-/// Like [`header`], where a state is needed.
-///
-/// # Errors
-/// [`Error::Refused`] when there is none.
-pub fn require_header(dir: &Path) -> Result<BaseHeader> {
-    header(dir)?.ok_or_else(|| missing(dir, "no base.jsonl"))
 }
 
 /// Reads the state as of `upto`: hands every base row and every logged change below it to `apply`, in order, and returns the
@@ -312,27 +197,6 @@ pub fn read(
     Ok(header)
 }
 
-/// Reads the base, which must not lie beyond `upto`.
-fn read_base(
-    dir: &Path,
-    upto: Lsn,
-    apply: &mut impl FnMut(&BaseHeader, usize, LookupChange) -> Result<()>,
-) -> Result<BaseHeader> {
-    let file = File::open(dir.join(BASE)).map_err(|e| missing(dir, &e.to_string()))?;
-    let mut lines = BufReader::new(file);
-    let header = read_header(dir, &mut lines)?;
-    if header.lsn > upto {
-        return Err(Error::refused(
-            "lookup_state",
-            format!("{}: the lookup rows are as of {}, the sinks stand at {upto}", dir.display(), header.lsn),
-            "a state that reaches back to the sinks' position",
-            "falaj init --adopt-slot (older events are then enriched with the lookup rows of now)",
-        ));
-    }
-    read_rows(dir, lines, |table, row| apply(&header, table, LookupChange::Put(row)))?;
-    Ok(header)
-}
-
 /// Reads entries of the change log while `keep` says so; gives the bytes of those that it kept.
 fn read_entries(dir: &Path, mut lines: impl BufRead, mut keep: impl FnMut(Entry) -> Result<bool>) -> Result<u64> {
     let (mut kept, mut text) = (0_u64, String::new());
@@ -349,35 +213,6 @@ fn read_entries(dir: &Path, mut lines: impl BufRead, mut keep: impl FnMut(Entry)
         }
         kept += read as u64;
     }
-}
-
-fn read_header(dir: &Path, lines: &mut impl BufRead) -> Result<BaseHeader> {
-    let mut text = String::new();
-    at(dir, lines.read_line(&mut text))?;
-    let header: BaseHeader = serde_json::from_str(&text).map_err(|e| missing(dir, &format!("{BASE}, line 1: {e}")))?;
-    match header.version {
-        1 => Ok(header),
-        v => Err(missing(dir, &format!("{BASE} has version {v}"))),
-    }
-}
-
-fn read_rows(dir: &Path, mut lines: impl BufRead, mut row: impl FnMut(usize, Row) -> Result<()>) -> Result<()> {
-    let (mut seen, mut text) = (0, String::new());
-    while at(dir, lines.read_line(&mut text))? > 0 {
-        let torn = |e: serde_json::Error| missing(dir, &format!("{BASE}, row {}: {e}", seen + 1));
-        if !text.starts_with('[') {
-            let End { rows } = serde_json::from_str(&text).map_err(torn)?;
-            return match rows == seen {
-                true => Ok(()),
-                false => Err(missing(dir, &format!("{BASE} says {rows} rows and holds {seen}"))),
-            };
-        }
-        let (table, key, values) = serde_json::from_str(&text).map_err(torn)?;
-        row(table, (key, values))?;
-        seen += 1;
-        text.clear();
-    }
-    Err(missing(dir, &format!("{BASE} ends after {seen} rows without its last line")))
 }
 
 fn missing(dir: &Path, found: &str) -> Error {
@@ -418,8 +253,9 @@ fn at<T>(dir: &Path, outcome: std::io::Result<T>) -> Result<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::OpenOptions;
+    use std::fs::{self, OpenOptions};
 
+    use super::base::BASE;
     use super::*;
 
     fn sample() -> BaseHeader {
