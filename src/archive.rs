@@ -34,8 +34,7 @@ pub const META_LAST: &str = "falaj.last";
 pub const META_END_LSN: &str = "falaj.end_lsn";
 /// Footer key: where replication resumes after this batch; below `end_lsn` only while a transaction is half in.
 pub const META_RESUME: &str = "falaj.resume";
-/// Footer key: bound of the last change of the lookup rows that the rows below [`META_RESUME`] were enriched with; absent where
-/// there was none.
+/// Footer key: bound of the last change of the lookup rows that the rows below [`META_RESUME`] were enriched with.
 pub const META_LOOKUPS: &str = "falaj.lookups";
 /// Footer key: primary key columns as a JSON array; absent when the table has none.
 pub const META_PRIMARY_KEY: &str = "falaj.primary_key";

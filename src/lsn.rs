@@ -143,7 +143,7 @@ pub struct Checkpoint {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partial: Option<Position>,
     /// Last change of the lookup rows that the events below `resume` were enriched with: an older lookup state than that must
-    /// not go on from here. `None` where there was none, or nobody has said.
+    /// not go on from here. `None` where nobody has said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lookups: Option<Position>,
 }

@@ -18,7 +18,7 @@ const NUMBERS: Range<usize> = 900..930;
 const COMPILING: f64 = 0.1;
 /// So many in a row are enough …
 const ENOUGH: usize = 2;
-/// … but memory takes longer: without it, readings right after the peers were a seventh slower than those a round later.
+/// … but memory takes longer: without it, readings right after the peers were a seventh slower than the others.
 const LEAST: usize = 6;
 
 /// Readings that are not counted, until the broker has compiled what they need.
