@@ -114,6 +114,11 @@ pub enum OldKey<'a> {
 }
 
 impl Event<'_> {
+    /// Bytes of the cells as they were sent.
+    pub fn bytes(&self) -> usize {
+        self.cells.iter().map(Cell::bytes).sum()
+    }
+
     /// Appends the JSON body.
     ///
     /// # Errors
@@ -354,7 +359,7 @@ pub(crate) mod tests {
         }
     }
 
-    fn event<'a>(layout: &'a Arc<Layout>, op: Op, cells: &[Cell<'a>]) -> Event<'a> {
+    pub(crate) fn event<'a>(layout: &'a Arc<Layout>, op: Op, cells: &[Cell<'a>]) -> Event<'a> {
         let at = Position { commit_lsn: Lsn(0x16_B374_D848), ordinal: 3 };
         Event { at, commit_ts: 946_684_800_000_000, xid: None, op, layout, cells: cells.into(), old_key: None }
     }

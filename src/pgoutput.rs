@@ -148,6 +148,16 @@ pub enum Cell<'a> {
     Binary(&'a [u8]),
 }
 
+impl Cell<'_> {
+    /// Bytes of the value as it was sent; 0 where there is none.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Text(b) | Self::Binary(b) => b.len(),
+            Self::Null | Self::Unchanged => 0,
+        }
+    }
+}
+
 /// A row whose bytes have been checked; iterating cannot fail.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tuple<'a> {

@@ -187,6 +187,9 @@ impl Own {
     }
 }
 
+/// Room for a value's text that is kept for the next one; what a huge value took is given back.
+const KEPT: usize = 64 << 10;
+
 /// Rows of one layout on their way to a file.
 pub struct Rows {
     schema: SchemaRef,
@@ -227,13 +230,10 @@ impl Rows {
 
     fn push_cells(&mut self, event: &Event<'_>) -> Converted<()> {
         self.raw.clear();
+        self.bytes += event.bytes() + 8 * self.columns.len();
         for (i, column) in self.columns.iter_mut().enumerate() {
             let out = &event.layout.columns[i];
             let cell = event.cells.get(i).copied().unwrap_or(Cell::Null);
-            self.bytes += 8 + match cell {
-                Cell::Text(b) | Cell::Binary(b) => b.len(),
-                Cell::Null | Cell::Unchanged => 0,
-            };
             if column.push(out.ty, cell, &mut self.scratch)? == Fit::Raw {
                 self.raw.push(if self.raw.is_empty() { b'{' } else { b',' });
                 write_json_string(&out.name, &mut self.raw);
@@ -303,6 +303,7 @@ impl Rows {
             Arc::new(own.raw.finish()),
         ]);
         self.bytes = 0;
+        self.scratch.shrink_to(KEPT);
         RecordBatch::try_new(Arc::clone(&self.schema), arrays).map_err(|e| Error::fatal("building Arrow columns", e))
     }
 }

@@ -113,6 +113,11 @@ impl Sink for ParquetSink {
             return Ok(());
         }
         let index = event.layout.generation as usize;
+        if event.bytes() >= BYTES {
+            // It stands alone: the longest value that Postgres can send (1 GiB of bytea, twice that as text) takes nearly all
+            // that the 32-bit offsets of an Arrow column reach.
+            self.cut(index)?;
+        }
         let Some((_, rows)) = self.tables.get_mut(index).and_then(Option::as_mut) else {
             return Err(Error::Fatal(format!("event {} before its table was prepared", event.at)));
         };
@@ -197,7 +202,7 @@ impl ParquetSink {
 
     /// Makes a record batch of a table's rows.
     fn cut(&mut self, index: usize) -> Result<()> {
-        if let Some((layout, rows)) = &mut self.tables[index]
+        if let Some(Some((layout, rows))) = self.tables.get_mut(index)
             && !rows.is_empty()
         {
             self.held -= rows.bytes;
@@ -212,5 +217,35 @@ impl ParquetSink {
             self.worker.send(Todo::Rows(layout, batch), bytes).await?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::change::Op;
+    use crate::event::tests::{bare, event};
+    use crate::pgoutput::Cell;
+
+    #[tokio::test]
+    async fn a_row_that_fills_a_record_batch_stands_alone_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config::load(None, []).unwrap();
+        config.archive.dir = dir.path().to_owned();
+        let identity = SlotIdentity { system_id: "7".into(), timeline: 1, slot: "falaj".into() };
+        let progress = Progress::Stream(Began::At(Lsn(0)));
+        let start = Checkpoint::whole(Lsn(0));
+        let mut sink = ParquetSink::start(&config, dir.path().join("work"), &identity, progress, start).unwrap();
+        let layout = Arc::new(bare());
+        sink.prepare(&layout).await.unwrap();
+        let (short, long) = (vec![b'a'; 1], vec![b'a'; BYTES]);
+        for note in [&short, &short, &long, &short] {
+            sink.push(&event(&layout, Op::Create, &[Cell::Text(b"1"), Cell::Null, Cell::Text(note)])).unwrap();
+        }
+        let rows = |sink: &ParquetSink| sink.full.iter().map(|(_, batch)| batch.num_rows()).collect::<Vec<_>>();
+        assert_eq!(rows(&sink), [2, 1]);
+        sink.cut(0).unwrap();
+        assert_eq!((rows(&sink), sink.held), (vec![2, 1, 1], 0));
+        sink.stop().await;
     }
 }
