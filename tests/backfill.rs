@@ -167,8 +167,11 @@ async fn sigkill_of_a_backfill_by_several_columns_one_with_an_order_of_its_own_l
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigkill_of_a_backfill_by_a_uuid_and_a_text_loses_and_doubles_no_row() {
-    let key = "ALTER TABLE item ADD u uuid, ADD t text, REPLICA IDENTITY FULL; UPDATE item SET u = md5((id / 3)::text)::uuid, t = chr(97 + (id % 3)::int) || id;
-        ALTER TABLE item ADD PRIMARY KEY (u, t), REPLICA IDENTITY DEFAULT";
+    // The texts begin with a backslash, and the database takes it for an escape.
+    let key = r"ALTER TABLE item ADD u uuid, ADD t text, REPLICA IDENTITY FULL;
+        UPDATE item SET u = md5((id / 30)::text)::uuid, t = chr(92) || chr(97 + (id % 30)::int) || id;
+        ALTER TABLE item ADD PRIMARY KEY (u, t), REPLICA IDENTITY DEFAULT;
+        DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET standard_conforming_strings = off', current_database()); END $$";
     killed("bkilluuid", KEYLESS, key).await;
 }
 

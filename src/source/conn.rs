@@ -41,8 +41,8 @@ const SOCKET_DIR: &str = "/var/run/postgresql";
 /// Text forms of values must not depend on anybody's settings; names resolve in `pg_catalog` alone, so that all SQL
 /// qualifies its tables; row security raises an error instead of hiding rows; a copy of a large table may take its time.
 const SESSION: &str = "-c search_path=pg_catalog -c TimeZone=UTC -c DateStyle=ISO,MDY -c IntervalStyle=postgres \
-    -c extra_float_digits=3 -c bytea_output=hex -c quote_all_identifiers=off -c row_security=off -c statement_timeout=0 -c lock_timeout=0 \
-    -c idle_in_transaction_session_timeout=0";
+    -c extra_float_digits=3 -c bytea_output=hex -c quote_all_identifiers=off -c standard_conforming_strings=on -c row_security=off \
+    -c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0";
 
 /// Where Postgres is and who we are there.
 #[derive(Clone, PartialEq, Eq)]
