@@ -373,12 +373,15 @@ fn skips_changes(notice: &[u8]) -> bool {
     ErrorFields::parse(notice).code.as_deref() == Some("55000")
 }
 
-/// 42704: the publication has gone; 42501: a right was taken away; 0A000: the server cannot do what was asked.
+/// 42704: the publication has gone; 42501: a right was taken away; 0A000: the server cannot do what was asked. 54000 and the
+/// allocation: a message of more than 1 GiB; 22021 and 22P05: bytes that are no text. These come again with every attempt.
 fn server_error(payload: &[u8]) -> Error {
     let fields = ErrorFields::parse(payload);
     let (code, text) = (fields.code.clone().unwrap_or_default(), fields.to_error_string());
     match code.as_str() {
         "42704" | "42501" | "0A000" => refused(text),
+        "54000" | "22021" | "22P05" => undecodable(text),
+        "XX000" if text.contains("invalid memory alloc request size") => undecodable(text),
         _ => broken(text),
     }
 }
@@ -393,12 +396,39 @@ fn refused(text: String) -> Error {
     )
 }
 
+fn undecodable(text: String) -> Error {
+    Error::refused(
+        "replication_row",
+        text,
+        "rows that Postgres can send: less than 1 GiB with the old row, a bytea in a stream that is read in text less than 512 MiB, \
+         and texts that are of the database's encoding",
+        "the row stays in the WAL. Take its column out of the publication (or keep such values away), then start anew (another \
+         pipeline name, drop the slot, falaj init, falaj backfill)",
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::io::duplex;
 
     use super::*;
     use crate::sink::Stored;
+
+    #[test]
+    fn a_row_that_the_server_cannot_send_is_not_asked_for_again_and_again() {
+        let said = |code: &str, text: &str| {
+            let payload = format!("SERROR\0C{code}\0M{text}\0\0");
+            server_error(payload.as_bytes()).exit_code()
+        };
+        assert_eq!(said("54000", "string buffer exceeds maximum allowed length"), 78);
+        assert_eq!(said("XX000", "invalid memory alloc request size 1258291205"), 78);
+        assert_eq!(said("22021", "invalid byte sequence for encoding \"UTF8\": 0xff"), 78);
+        for passes in
+            [said("XX000", "could not read block 7"), said("53200", "out of memory"), said("57P01", "terminating")]
+        {
+            assert_ne!(passes, 78);
+        }
+    }
 
     fn message(tag: u8, payload: &[u8]) -> Vec<u8> {
         let mut out = vec![tag];
