@@ -3,6 +3,8 @@
 //! A batch is one directory named after its inclusive position range, renamed into place as a whole.
 //! So the listing *is* the sink's position: there is no manifest that could disagree.
 
+pub mod pieces;
+
 use std::path::{Path, PathBuf};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};

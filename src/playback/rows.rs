@@ -9,11 +9,13 @@ use arrow_array::cast::AsArray;
 use arrow_array::types::{Int64Type, TimestampMicrosecondType};
 use arrow_array::{Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use arrow_schema::Schema;
-use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 
 use super::column::Column;
 use super::footer::{Footer, failed};
 use crate::archive::DataFile;
+use crate::archive::pieces::Pieces;
 use crate::change::Op;
 use crate::enrich::Plan;
 use crate::error::Result;
@@ -32,7 +34,7 @@ pub struct Rows {
     path: PathBuf,
     footer: Footer,
     layout: Arc<Layout>,
-    reader: ParquetRecordBatchReader,
+    pieces: Pieces,
     piece: Option<Piece>,
     row: usize,
     at: Option<Position>,
@@ -68,17 +70,13 @@ impl Rows {
     pub fn open(file: &DataFile, generation: u32, bytes: usize) -> Result<Self> {
         let path = file.path.as_path();
         let open = File::open(path).map_err(|e| failed(path, e))?;
-        let builder = ParquetRecordBatchReaderBuilder::try_new(open).map_err(|e| failed(path, e))?;
-        let footer = Footer::read(builder.metadata(), path)?;
-        let layout = Arc::new(layout(file, generation, &footer, builder.schema())?);
-        let groups = builder.metadata().row_groups();
-        let held: i64 = groups.iter().map(|group| group.total_byte_size()).sum();
-        let rows: i64 = groups.iter().map(|group| group.num_rows()).sum();
-        let wide = usize::try_from(held / rows.max(1)).unwrap_or(0).max(1);
-        let reader = builder.with_batch_size((bytes / wide).clamp(1, ROWS)).build().map_err(|e| failed(path, e))?;
+        let metadata = ArrowReaderMetadata::load(&open, ArrowReaderOptions::new()).map_err(|e| failed(path, e))?;
+        let footer = Footer::read(metadata.metadata(), path)?;
+        let layout = Arc::new(layout(file, generation, &footer, metadata.schema())?);
+        let pieces = Pieces::new(open, metadata, ProjectionMask::all(), ROWS, bytes);
         let (piece, row, at, op, raw, unchanged) = (None, 0, None, Op::Create, Vec::new(), Vec::new());
         let unordered = false;
-        Ok(Self { path: path.to_owned(), footer, layout, reader, piece, row, at, op, raw, unchanged, unordered })
+        Ok(Self { path: path.to_owned(), footer, layout, pieces, piece, row, at, op, raw, unchanged, unordered })
     }
 
     /// Takes the rows as they stand, also where one stands twice or out of order: to find out what is wrong with a file.
@@ -108,7 +106,7 @@ impl Rows {
     pub fn advance(&mut self) -> Result<Option<Position>> {
         self.row += 1;
         while self.piece.as_ref().is_none_or(|piece| self.row >= piece.rows) {
-            let Some(batch) = self.reader.next() else { return Ok(None) };
+            let Some(batch) = self.pieces.next() else { return Ok(None) };
             let batch = batch.map_err(|e| failed(&self.path, e))?;
             self.piece = Some(Piece::new(&batch, self.layout.columns.len(), &self.path)?);
             self.row = 0;

@@ -9,19 +9,22 @@ use arrow_array::types::Int64Type;
 use arrow_array::{Array, ArrayRef, RecordBatch, new_null_array};
 use arrow_schema::{Field, Schema, SchemaRef};
 use gcp_bigquery_client::model::table_field_schema::TableFieldSchema;
-use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::arrow::{ArrowWriter, ProjectionMask};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
 use super::columns;
+use crate::archive::pieces::Pieces;
 use crate::archive::{META_PIPELINE, META_PRIMARY_KEY, META_RECORD_KEY, META_SLOT, META_VERSION, VERSION};
 use crate::error::{Error, Result};
 use crate::lsn::{Lsn, Position, SlotIdentity};
 use crate::message;
 
-/// Rows of a decoded piece while files are put together.
+/// Most rows of a decoded piece while files are put together …
 const PIECE_ROWS: usize = 8192;
+/// … and about so many bytes of them.
+const PIECE_BYTES: usize = 8 << 20;
 /// Rows of a row group of the merged file: bounds what the writer holds in memory.
 const GROUP_ROWS: usize = 64 * 1024;
 
@@ -143,17 +146,11 @@ impl Source {
         stem.is_some_and(|stem| stem.split('.').next() == Some(message::TABLE))
     }
 
-    fn pieces(
-        &self,
-        only: Option<[&str; 2]>,
-    ) -> Result<impl Iterator<Item = Result<RecordBatch, arrow_schema::ArrowError>>> {
+    fn pieces(&self, only: Option<[&str; 2]>) -> Result<Pieces> {
         let file = self.file.try_clone().map_err(|e| self.failed(e))?;
-        let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.footer.clone());
-        if let Some(names) = only {
-            let mask = ProjectionMask::columns(self.footer.parquet_schema(), names);
-            builder = builder.with_projection(mask);
-        }
-        builder.with_batch_size(PIECE_ROWS).build().map_err(|e| self.failed(e))
+        let mask = only.map(|names| ProjectionMask::columns(self.footer.parquet_schema(), names));
+        let mask = mask.unwrap_or_else(ProjectionMask::all);
+        Ok(Pieces::new(file, self.footer.clone(), mask, PIECE_ROWS, PIECE_BYTES))
     }
 
     fn failed(&self, why: impl std::fmt::Display) -> Error {

@@ -27,6 +27,9 @@ use crate::sink::worker::{Next, Orders};
 const ROW_GROUP: usize = 128 << 10;
 /// Bytes that the encoders of all open files may hold; beyond, the largest ends its row group.
 const HELD: usize = 3 << 20;
+/// Bytes of decoded rows in a row group, unless one record batch has more by itself. Who reads it may take a column of it in one
+/// piece, and neither that nor a page or a dictionary may have more than 2 GiB.
+const GROUP: usize = 256 << 20;
 /// Bytes of a page, and of a dictionary: each column of each open file holds one of both.
 const PAGE: usize = 64 << 10;
 
@@ -84,6 +87,25 @@ pub(super) struct Writer {
 struct OpenFile {
     layout: Arc<Layout>,
     writer: ArrowWriter<File>,
+    /// Decoded bytes in the open row group.
+    group: usize,
+}
+
+impl OpenFile {
+    /// Writes rows; those that would make the row group larger than `most` bytes begin another one.
+    fn write(&mut self, batch: &RecordBatch, most: usize) -> parquet::errors::Result<()> {
+        let bytes = batch.get_array_memory_size();
+        if self.group > 0 && self.group + bytes > most {
+            self.end_group()?;
+        }
+        self.group += bytes;
+        self.writer.write(batch)
+    }
+
+    fn end_group(&mut self) -> parquet::errors::Result<()> {
+        self.group = 0;
+        self.writer.flush()
+    }
 }
 
 impl Writer {
@@ -146,7 +168,8 @@ impl Writer {
                 self.files.len() - 1
             }
         };
-        self.files[at].writer.write(batch).map_err(|e| self.encoding(&e))?;
+        let written = self.files[at].write(batch, GROUP);
+        written.map_err(|e| self.encoding(&e))?;
         self.bound_memory()?;
         let bytes = self.files.iter().map(|f| f.writer.bytes_written() + f.writer.in_progress_size()).sum();
         self.encoded.set(self.batches, bytes);
@@ -157,7 +180,7 @@ impl Writer {
         if self.files.iter().map(|f| f.writer.memory_size()).sum::<usize>() > HELD
             && let Some(largest) = self.files.iter_mut().max_by_key(|f| f.writer.memory_size())
         {
-            let ended = largest.writer.flush();
+            let ended = largest.end_group();
             ended.map_err(|e| self.encoding(&e))?;
         }
         Ok(())
@@ -174,7 +197,7 @@ impl Writer {
         let file = file.map_err(|e| self.io(&e, &path))?;
         let writer =
             ArrowWriter::try_new(file, batch.schema(), Some(properties(layout))).map_err(|e| self.encoding(&e))?;
-        Ok(OpenFile { layout: Arc::clone(layout), writer })
+        Ok(OpenFile { layout: Arc::clone(layout), writer, group: 0 })
     }
 
     fn seal(&mut self, checkpoint: Checkpoint, first: Position, last: Position) -> Result<()> {
@@ -202,7 +225,7 @@ impl Writer {
     }
 
     fn close(&self, file: OpenFile, checkpoint: Checkpoint, first: Position, last: Position) -> Result<()> {
-        let OpenFile { layout, mut writer } = file;
+        let OpenFile { layout, mut writer, .. } = file;
         for (key, value) in self.footer(&layout, checkpoint, first, last)? {
             writer.append_key_value_metadata(KeyValue::new(key.to_owned(), value));
         }
@@ -333,8 +356,38 @@ fn properties(layout: &Layout) -> WriterProperties {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::archive::pieces::Pieces;
     use crate::event::{OutColumn, tests::bare};
     use crate::schema::Type;
+    use parquet::arrow::ProjectionMask;
+    use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
+
+    #[test]
+    fn large_rows_are_alone_in_their_row_group_and_in_what_is_decoded_at_once() {
+        let text = |lengths: &[usize]| {
+            let texts: arrow_array::StringArray = lengths.iter().map(|n| Some("a".repeat(*n))).collect();
+            RecordBatch::try_from_iter([("text", Arc::new(texts) as arrow_array::ArrayRef)]).unwrap()
+        };
+        let (small, large) = (text(&[1; 300]), text(&[1 << 20]));
+        let open = tempfile::tempfile().unwrap();
+        let layout = Arc::new(bare());
+        let writer =
+            ArrowWriter::try_new(open.try_clone().unwrap(), small.schema(), Some(properties(&layout))).unwrap();
+        let mut file = OpenFile { layout, writer, group: 0 };
+        for batch in [&small, &small, &large, &large, &small] {
+            file.write(batch, 1 << 20).unwrap();
+        }
+        file.writer.close().unwrap();
+        let footer = ArrowReaderMetadata::load(&open, ArrowReaderOptions::new()).unwrap();
+        let groups: Vec<_> = footer.metadata().row_groups().iter().map(|group| group.num_rows()).collect();
+        assert_eq!(groups, [600, 1, 1, 300]);
+        let pieces = |rows, bytes| {
+            let pieces = Pieces::new(open.try_clone().unwrap(), footer.clone(), ProjectionMask::all(), rows, bytes);
+            pieces.map(|piece| piece.unwrap().num_rows()).collect::<Vec<_>>()
+        };
+        assert_eq!(pieces(512, 1 << 20), [512, 88, 1, 1, 300]);
+        assert_eq!(pieces(512, 1), [1; 902]);
+    }
 
     #[test]
     fn what_is_kept_for_a_footer_holds_no_piece_of_a_batch() {
