@@ -10,6 +10,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteSize(pub usize);
 
+/// Largest size that is taken, 2^60: sums of several overflow nothing, and a semaphore has so many permits.
+const MOST: usize = 1 << 60;
+
 impl FromStr for ByteSize {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
@@ -25,7 +28,7 @@ impl FromStr for ByteSize {
             _ => return Err(format!("`{s}` is no size; needed: a number with B, kB, KiB, MB, MiB, GB or GiB")),
         };
         let n: usize = number.parse().map_err(|_| format!("`{s}` is no size; needed: for example 64MiB"))?;
-        n.checked_mul(factor).filter(|&n| n > 0).map(Self).ok_or(format!("`{s}` is out of range"))
+        n.checked_mul(factor).filter(|&n| (1..=MOST).contains(&n)).map(Self).ok_or(format!("`{s}` is out of range"))
     }
 }
 
