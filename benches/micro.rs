@@ -43,7 +43,7 @@ fn steps(c: &mut Criterion) {
         let mut rows = Rows::new(&layout);
         group.bench_function(format!("Arrow append {form}"), |b| {
             b.iter(|| {
-                rows.push(black_box(&event)).expect("cells of their types");
+                rows.push(black_box(&event), event.bytes()).expect("cells of their types");
                 if rows.len() == BATCH {
                     black_box(rows.take().expect("columns of one length"));
                 }

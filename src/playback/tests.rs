@@ -52,7 +52,7 @@ fn plain(layout: &std::sync::Arc<Layout>, at: Position) -> Event<'_> {
 fn seal(dir: &Path, table: &str, previous: Option<Position>, events: &[Event<'_>]) -> Vec<(String, String)> {
     let layout = events[0].layout;
     let mut rows = columns::Rows::new(layout);
-    events.iter().for_each(|event| rows.push(event).unwrap());
+    events.iter().for_each(|event| rows.push(event, event.bytes()).unwrap());
     let (first, last) = (events[0].at, events[events.len() - 1].at);
     let path = dir.join(Batch::name(first, last));
     std::fs::create_dir_all(&path).unwrap();

@@ -218,11 +218,12 @@ impl Rows {
         self.len() == 0
     }
 
-    /// Appends an event.
+    /// Appends an event. `bytes` are those of its cells ([`Event::bytes`]), which the caller has looked at.
     ///
     /// # Errors
     /// [`Error::Fatal`] when a cell is not of its column's type.
-    pub fn push(&mut self, event: &Event<'_>) -> Result<()> {
+    pub fn push(&mut self, event: &Event<'_>, bytes: usize) -> Result<()> {
+        self.bytes += bytes + 8 * self.columns.len();
         self.push_cells(event)
             .and_then(|()| self.push_own(event))
             .map_err(|e| Error::fatal(format_args!("event {} of table {}", event.at, event.layout.table), e))
@@ -230,7 +231,6 @@ impl Rows {
 
     fn push_cells(&mut self, event: &Event<'_>) -> Converted<()> {
         self.raw.clear();
-        self.bytes += event.bytes() + 8 * self.columns.len();
         for (i, column) in self.columns.iter_mut().enumerate() {
             let out = &event.layout.columns[i];
             let cell = event.cells.get(i).copied().unwrap_or(Cell::Null);

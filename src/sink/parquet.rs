@@ -113,7 +113,8 @@ impl Sink for ParquetSink {
             return Ok(());
         }
         let index = event.layout.generation as usize;
-        if event.bytes() >= BYTES {
+        let bytes = event.bytes();
+        if bytes >= BYTES {
             // It stands alone: the longest value that Postgres can send (1 GiB of bytea, twice that as text) takes nearly all
             // that the 32-bit offsets of an Arrow column reach.
             self.cut(index)?;
@@ -122,7 +123,7 @@ impl Sink for ParquetSink {
             return Err(Error::Fatal(format!("event {} before its table was prepared", event.at)));
         };
         let before = rows.bytes;
-        rows.push(event)?;
+        rows.push(event, bytes)?;
         self.held += rows.bytes - before;
         if rows.len() >= ROWS || rows.bytes >= BYTES {
             self.cut(index)?;
