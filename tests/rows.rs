@@ -495,6 +495,9 @@ async fn values_do_not_depend_on_the_settings_of_the_database() {
             "settings",
             &[
                 "quote_all_identifiers = on",
+                "array_nulls = off",
+                "default_transaction_isolation = serializable",
+                "default_transaction_deferrable = on",
                 "DateStyle = 'SQL, DMY'",
                 "IntervalStyle = 'sql_standard'",
                 "bytea_output = 'escape'",

@@ -49,6 +49,22 @@ async fn a_slot_that_is_there_is_not_made_a_failover_slot_by_the_way() {
     }
 }
 
+/// From Postgres 17 on a transaction may be bounded, and a walsender that sends one has one open as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_and_a_large_transaction_outlast_the_bound_of_transactions() {
+    let mut p = Pipeline::new("outlast").await;
+    if major(&p).await < 17 {
+        return;
+    }
+    p.run("INSERT INTO engagement_events (event_ts) SELECT now() FROM generate_series(1, 100000)").await;
+    p.run(&format!("ALTER DATABASE {} SET transaction_timeout = '100ms'", p.name)).await;
+    p.set("FALAJ_PRODUCE__SINKS", "archive");
+    p.produce().await;
+    assert_eq!(p.rows("engagement_events").len(), 100_000);
+    p.start(&["backfill", "engagement_events", "--where", "id <= 3000", "--rate", "3000"]).ends_well().await;
+    assert_eq!(p.rows("engagement_events").len(), 103_000);
+}
+
 /// A primary with a database of the test's own, and what is to be its standby.
 async fn pair(name: &str) -> (Stack, Stack, Pipeline) {
     let primary = Stack::up(&format!("{name}-primary"), &["postgres"]);

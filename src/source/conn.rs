@@ -39,10 +39,18 @@ const SOCKET_DIR: &str = "/var/run/postgresql";
 /// What every session needs to be the same, whatever the role's or the database's settings are.
 ///
 /// Text forms of values must not depend on anybody's settings; names resolve in `pg_catalog` alone, so that all SQL
-/// qualifies its tables; row security raises an error instead of hiding rows; a copy of a large table may take its time.
+/// qualifies its tables; row security raises an error instead of hiding rows; a copy of a large table may take its time, and
+/// no index leaves rows out of it. A warning may say that changes are passed over: it has to come.
 const SESSION: &str = "-c search_path=pg_catalog -c TimeZone=UTC -c DateStyle=ISO,MDY -c IntervalStyle=postgres \
     -c extra_float_digits=3 -c bytea_output=hex -c quote_all_identifiers=off -c standard_conforming_strings=on -c row_security=off \
-    -c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0";
+    -c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0 \
+    -c client_min_messages=notice -c gin_fuzzy_search_limit=0 -c array_nulls=on \
+    -c default_transaction_isolation=read\\ committed -c default_transaction_deferrable=off";
+
+/// The same for a setting that no start may name, because it is there from Postgres 17 on only. A walsender too has a
+/// transaction open while it sends one.
+pub(super) const UNLIMITED: &str = "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings \
+    WHERE name = 'transaction_timeout'";
 
 /// Where Postgres is and who we are there.
 #[derive(Clone, PartialEq, Eq)]
@@ -258,6 +266,7 @@ impl Session for Client {
                 tracing::debug!(%error, "SQL connection ended");
             }
         });
+        client.simple_query(UNLIMITED).await.map_err(|e| login.start_error(&e))?;
         Ok(client)
     }
 }

@@ -14,7 +14,7 @@ use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
 use tokio::io::AsyncWriteExt;
 
-use super::conn::{Conninfo, Login, Session, Stream, is_transient};
+use super::conn::{Conninfo, Login, Session, Stream, UNLIMITED, is_transient};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 
@@ -190,9 +190,15 @@ impl Session for Wire {
                     let error = ServerError::parse(&message.payload);
                     return Err(login.refusal(&error.code, &error.message));
                 }
-                b'Z' => return Ok(Self { stream, what: login.what.clone(), server_version }),
+                b'Z' => break,
                 _ => {}
             }
+        }
+        let mut wire = Self { stream, what: login.what.clone(), server_version };
+        match wire.query(UNLIMITED).await {
+            Ok(_) => Ok(wire),
+            Err(WireError::Server(error)) => Err(login.refusal(&error.code, &error.message)),
+            Err(WireError::Broken(error)) => Err(error),
         }
     }
 }
