@@ -56,7 +56,9 @@ spawn() {
     echo $! >"$(pid_file "$server")"
 }
 
-# Starts it and waits until it is ready, has died, or two minutes (a crash recovery) have passed.
+# Starts it and waits until it is ready, has died, or two minutes (a crash recovery) have passed. We
+# have just forked it, so the pid is its own; what it is called does not count yet: where the disk is
+# slow, seconds pass before it has become the server.
 start_and_wait() {
     local server=$1 deadline=$((SECONDS + 120)) log
     log=$("${server}_log")
@@ -65,7 +67,7 @@ start_and_wait() {
     touch "$log"
     strictly "${server}_start" >>"$log" 2>&1 || return 1
     until "${server}_ready" 2>/dev/null; do
-        pid_of "$server" >/dev/null || died_at_start "$server" || return 1
+        ! ended "$(cat "$(pid_file "$server")")" || return 1
         ((SECONDS < deadline)) || return 1
         sleep 0.1
     done
@@ -74,12 +76,6 @@ start_and_wait() {
 # Runs one of our functions so that it stops at its first failing command. Where a caller tests the
 # result bash switches `set -e` off, for all that is called from there; only a new process has it.
 strictly() { "$here/stack" call "$@"; }
-
-# False when the server has ended, not when it has only just been forked and is not itself yet.
-died_at_start() {
-    sleep 0.2
-    pid_of "$1" >/dev/null
-}
 
 show_log() {
     local log
