@@ -175,7 +175,8 @@ impl Source {
             let Some(key) = table.key_text(|column| values.get(column).cloned()) else { continue };
             let hashes: Vec<_> = values.iter().map(|value| hash(value)).collect();
             let xmin = row.get(0).and_then(|xmin| xmin.parse().ok());
-            let is_older = self.older.as_ref().zip(xmin).is_some_and(|(older, xmin)| older.saw(Lsn(0), xmin));
+            let is_older =
+                self.older.as_ref().zip(xmin).is_some_and(|(older, xmin)| older.had_ended(self.sees.writer(xmin)));
             comparison.take(&SourceRow { key: &key, values: &hashes, is_older });
         }
         Ok(())
