@@ -261,6 +261,25 @@ fn a_changed_schema_begins_a_new_job_and_a_dropped_column_is_null() {
 }
 
 #[test]
+fn columns_that_someone_has_added_to_the_table_stay_null() {
+    let bench = Bench::new("added");
+    bench.seal(&[("events", &rows(0, 2))]);
+    bench.loads();
+    for column in ["said STRING", "doc JSON", "place GEOGRAPHY", "pair STRUCT<a INT64, b STRING>", "tags ARRAY<STRING>"]
+    {
+        bench.query(&format!("ALTER TABLE `DATASET.events` ADD COLUMN {column}"));
+    }
+    bench.seal_as(&[("events", &rows(2, 4))], true);
+    bench.seal(&[("events", &rows(4, 6))]);
+    assert_eq!(bench.loads(), bench.line(2, 4));
+    let sql = "SELECT note, said, IF(doc IS NULL, NULL, 'set'), ST_ASTEXT(place), pair.b, CAST(ARRAY_LENGTH(tags) AS STRING) \
+               FROM `DATASET.events` WHERE id >= 2 ORDER BY _id";
+    let null = || vec![None; 5];
+    let noted = |note: Option<&str>| [vec![note.map(str::to_owned)], null()].concat();
+    assert_eq!(bench.query(sql), [noted(Some("noted")), noted(Some("noted")), noted(None), noted(None)]);
+}
+
+#[test]
 fn a_schema_that_changes_within_a_batch_loads_both_parts() {
     let bench = Bench::new("parts");
     let batch = bench.seal(&[("events", &rows(0, 4)), ("other", &rows(4, 10))]);

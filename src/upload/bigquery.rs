@@ -293,7 +293,11 @@ impl BigQuery {
         if !status.is_success() {
             return self.judge(doing, status, &body);
         }
-        let odd = |e| self.unreachable(doing, format_args!("HTTP {status}, but {e}: {}", excerpt(&body)));
+        let odd = |e: serde_json::Error| {
+            let said = format!("HTTP {status}, but {e}: {}", excerpt(&body));
+            // Whole, and not what falaj knows: it would be the same next time.
+            if e.is_data() { Error::fatal(doing, said) } else { self.unreachable(doing, said) }
+        };
         serde_json::from_slice(&body).map(Answer::Is).map_err(odd)
     }
 

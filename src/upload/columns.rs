@@ -95,8 +95,9 @@ pub struct Clash {
     pub anew: bool,
 }
 
-/// The columns of a job: the file's, as the table knows them, then those that only the table has. `clustered` are the columns
-/// by which the table (`project.dataset.table`) is clustered.
+/// The columns of a job: the file's, as the table knows them, then those that only the table has and that Parquet can bring
+/// as NULL (JSON, say, cannot be loaded from Parquet: a job without such a column leaves it NULL as well). `clustered` are the
+/// columns by which the table (`project.dataset.table`) is clustered.
 ///
 /// # Errors
 /// A column whose type in the table is another one.
@@ -119,7 +120,7 @@ pub fn unite(
         }
         all.push(rest.remove(at));
     }
-    all.extend(rest);
+    all.extend(rest.into_iter().filter(|f| f.mode.as_deref() != Some("REPEATED") && null_type(&f.r#type).is_some()));
     Ok(all)
 }
 
@@ -395,7 +396,7 @@ mod tests {
 
     #[test]
     fn a_type_that_the_table_cannot_take_is_told_with_the_sql_that_lets_it() {
-        use FieldType::{Date, Int64, Integer, Numeric, String};
+        use FieldType::{Date, Int64, Integer, Json, Numeric, String};
         let field = |name: &str, kind, mode: &str| TableFieldSchema {
             mode: Some(mode.into()),
             ..TableFieldSchema::new(name, kind)
@@ -416,6 +417,9 @@ mod tests {
             let clash = unite(file, known).unwrap_err();
             assert_eq!((clash.sql.as_str(), clash.anew), (sql, sql.contains("RENAME TO")));
         }
+        let known = vec![plain("j", Json), field("a", String, "REPEATED"), plain("m", Date), plain("N", String)];
+        let names = unite(plain("n", String), known).unwrap().into_iter().map(|f| f.name).collect::<Vec<_>>();
+        assert_eq!(names, ["N", "m"]);
         let clash = unite(plain("n", String), vec![plain("N", Int64)]).unwrap_err();
         assert_eq!(clash.found, "column \"N\" is STRING now, and INT64 in the table");
         let file = Schema::new(vec![Field::new("n", DataType::Int64, true), Field::new("_id", DataType::Utf8, false)]);

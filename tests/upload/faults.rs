@@ -117,6 +117,24 @@ fn a_failed_job_has_loaded_nothing_and_the_next_generation_loads() {
 }
 
 #[test]
+fn an_answer_that_is_whole_and_unknown_is_told_and_other_tables_go_on() {
+    const RANGE: &str = r#"{"tableReference":{"projectId":"local","datasetId":"d","tableId":"events"},
+        "schema":{"fields":[{"name":"during","type":"RANGE"}]}}"#;
+    let (bench, proxy) = behind_proxy("unknown");
+    bench.seal(&[("events", &rows(0, 10)), ("other", &rows(0, 3))]);
+    proxy.script(GET, "/tables/events", 1, Fault::Answer(200, RANGE));
+    let output = bench.once();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(
+        text(&output).contains("looking up table events: HTTP 200 OK, but unknown variant `RANGE`"),
+        "{}",
+        text(&output)
+    );
+    assert_eq!(bench.ids("other"), ids(&rows(0, 3)));
+    assert_eq!(bench.loads(), bench.line(1, 10));
+}
+
+#[test]
 fn a_job_that_always_fails_is_told_and_starts_at_the_next_generation_later() {
     let (bench, proxy) = behind_proxy("fails");
     bench.seal(&[("events", &rows(0, 10))]);
