@@ -122,6 +122,15 @@ pub fn error(config: &Kafka, e: &KafkaError) -> Error {
     }
 }
 
+/// Whether the broker would refuse a record again for the same reason.
+pub(crate) fn is_for_good(code: RDKafkaErrorCode) -> bool {
+    use RDKafkaErrorCode as Code;
+    matches!(
+        code,
+        Code::MessageSizeTooLarge | Code::MessageBatchTooLarge | Code::InvalidRecord | Code::InvalidTimestamp
+    )
+}
+
 /// Creates a topic that is absent, and waits until the broker names it: it answers as soon as the controller knows the topic,
 /// and a busy one says for some time yet that there is none. `configs` are topic settings such as
 /// `("cleanup.policy", "compact")`.

@@ -36,6 +36,8 @@ const TICK: Duration = Duration::from_millis(500);
 const IDLE: Duration = Duration::from_secs(10);
 /// How long the sinks may take to store what stands before a refused change.
 const FAREWELL: Duration = Duration::from_secs(10);
+/// A session that has run this long is worth another one at once.
+const STEADY: Duration = Duration::from_secs(5);
 
 /// How a session ended.
 enum End {
@@ -67,9 +69,14 @@ pub async fn run(world: &World, args: &cli::Produce) -> Result<()> {
         let outcome = match Session::open(world, &chosen, form).await {
             Ok(None) => return Ok(()),
             Ok(Some(session)) => {
-                (has_run, delays) = (true, backoff());
+                has_run = true;
                 world.health.ok("replication");
-                run_session(world, session, until.as_mut()).await
+                let opened = Instant::now();
+                let outcome = run_session(world, session, until.as_mut()).await;
+                if opened.elapsed() > STEADY {
+                    delays = backoff();
+                }
+                outcome
             }
             // Nothing has been written: there is nothing to drain.
             Err(_) if world.stop.is_cancelled() => return Ok(()),

@@ -9,6 +9,8 @@ use falaj::mock_external::{Counts, Fault, Faults};
 use serde_json::json;
 use stage::{Stage, event, id, until};
 
+use crate::rig::kafka;
+
 /// The stored events of one key, in the order of their storing.
 fn of_key(ids: &[String], key: u64, keys: u64, count: u64) -> Vec<String> {
     let wanted: BTreeSet<String> = (0..count).filter(|n| n % keys == key).map(id).collect();
@@ -103,6 +105,27 @@ async fn a_refused_event_becomes_a_dead_letter_with_position_reason_and_body() {
     });
     assert_eq!(stage.dead_letters().await, [(Some("k1".into()), letter)]);
     assert_eq!(stage.committed(1).await, stage.ends(1).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_that_its_topic_would_never_take_is_told_and_stands_there_once_it_does() {
+    let topic_says = [("cleanup.policy", "compact", "delete"), ("max.message.bytes", "100", "1000000")];
+    for (n, (key, bad, good)) in topic_says.into_iter().enumerate() {
+        let stage = Stage::new(&format!("unburied{n}"), 1, Faults::default()).await;
+        kafka::configure(&stage.config, &stage.config.dead_letter_topic(), key, bad).await;
+        stage.peer.mock.faults().script(id(1), vec![Fault::status(400); 2]);
+        stage.send((0..3).map(|n| (0, None, event(n, "t"))).collect(), true).await;
+        let (code, log) = stage.consume(&["--until-end"]).end().await;
+        assert!(
+            code == Some(78) && log.contains("kafka_dead_letter") && log.contains("offset 1"),
+            "{key}: {code:?} {log}"
+        );
+        kafka::configure(&stage.config, &stage.config.dead_letter_topic(), key, good).await;
+        stage.consume(&["--until-end"]).ends_well().await;
+        let letters = stage.dead_letters().await;
+        assert_eq!((letters.len(), &letters[0].1["_id"]), (1, &json!(id(1))), "{key}");
+        assert_eq!(stage.committed(1).await, stage.ends(1).await);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -377,7 +377,11 @@ fn skips_changes(notice: &[u8]) -> bool {
 /// allocation: a message of more than 1 GiB; 22021 and 22P05: bytes that are no text. These come again with every attempt.
 fn server_error(payload: &[u8]) -> Error {
     let fields = ErrorFields::parse(payload);
-    let (code, text) = (fields.code.clone().unwrap_or_default(), fields.to_error_string());
+    let (code, mut text) = (fields.code.clone().unwrap_or_default(), fields.to_error_string());
+    // Which change it was.
+    if let Some(context) = &fields.where_ {
+        text += &format!(": {context}");
+    }
     match code.as_str() {
         "42704" | "42501" | "0A000" => refused(text),
         "54000" | "22021" | "22P05" => undecodable(text),
@@ -416,10 +420,16 @@ mod tests {
 
     #[test]
     fn a_row_that_the_server_cannot_send_is_not_asked_for_again_and_again() {
-        let said = |code: &str, text: &str| {
-            let payload = format!("SERROR\0C{code}\0M{text}\0\0");
-            server_error(payload.as_bytes()).exit_code()
+        let error = |code: &str, text: &str| {
+            let payload = format!("SERROR\0C{code}\0M{text}\0Wslot \"s\", associated LSN 0/1A2B3C4\0\0");
+            server_error(payload.as_bytes())
         };
+        let said = |code: &str, text: &str| error(code, text).exit_code();
+        assert!(
+            error("54000", "out of memory")
+                .to_string()
+                .contains("out of memory (SQLSTATE 54000): slot \"s\", associated LSN 0/1A2B3C4")
+        );
         assert_eq!(said("54000", "string buffer exceeds maximum allowed length"), 78);
         assert_eq!(said("XX000", "invalid memory alloc request size 1258291205"), 78);
         assert_eq!(said("22021", "invalid byte sequence for encoding \"UTF8\": 0xff"), 78);

@@ -100,7 +100,8 @@ impl DeadLetters {
     /// Stores one letter and waits until all replicas have it.
     ///
     /// # Errors
-    /// [`Error::Unreachable`]: again later, it may then stand there twice. [`Error::Refused`] for missing rights.
+    /// [`Error::Unreachable`]: again later, it may then stand there twice. [`Error::Refused`] for missing rights, and for a topic
+    /// that would never take it.
     pub async fn put(&self, key: Option<&[u8]>, letter: &DeadLetter<'_>) -> Result<()> {
         let sent = match self.send(key, letter).await? {
             Err(KafkaError::MessageProduction(RDKafkaErrorCode::MessageSizeTooLarge)) => {
@@ -110,8 +111,27 @@ impl DeadLetters {
         };
         sent.map_err(|e| match self.producer.client().fatal_error() {
             Some((_, why)) => Error::fatal("the dead-letter producer", why),
-            None => kafka::error(&self.config, &e),
+            None => match e {
+                KafkaError::MessageProduction(code) if kafka::is_for_good(code) => self.refused(letter, code),
+                e => kafka::error(&self.config, &e),
+            },
         })
+    }
+
+    fn refused(&self, letter: &DeadLetter<'_>, code: RDKafkaErrorCode) -> Error {
+        let (topic, servers) = (&self.topic, self.config.servers());
+        let DeadLetter { topic: of, partition, offset, .. } = letter;
+        Error::refused(
+            "kafka_dead_letter",
+            format!("the broker refuses the dead letter of {of}, partition {partition}, offset {offset}: {code}"),
+            format!(
+                "{topic} takes it: cleanup.policy=delete (a letter may have no key), and room in max.message.bytes"
+            ),
+            format!(
+                "kafka-configs.sh --bootstrap-server {servers} --alter --topic {topic} --add-config cleanup.policy=delete (and \
+                 max.message.bytes); then start falaj consume again: it goes on with this event"
+            ),
+        )
     }
 
     async fn send(&self, key: Option<&[u8]>, letter: &DeadLetter<'_>) -> Result<KafkaResult<()>> {

@@ -177,13 +177,15 @@ pub(super) fn scan(
     let mut assignment = TopicPartitionList::new();
     let assigned = assignment.add_partition_offset(topic, 0, Offset::Offset(from));
     assigned.and_then(|()| consumer.assign(&assignment)).map_err(|e| error(&config.kafka, &e))?;
-    let deadline = Instant::now() + TIMEOUT;
+    // However long the topic is: what counts is that it comes.
+    let mut deadline = Instant::now() + TIMEOUT;
     while Instant::now() < deadline {
         match consumer.poll(Duration::from_millis(100)) {
             None => {}
             Some(Err(KafkaError::PartitionEOF(_))) => return Ok(()),
             Some(Err(e)) => return Err(error(&config.kafka, &e)),
             Some(Ok(message)) => {
+                deadline = Instant::now() + TIMEOUT;
                 each(message.key().unwrap_or_default(), message.offset(), message.payload().unwrap_or_default());
             }
         }

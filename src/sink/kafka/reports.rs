@@ -8,6 +8,7 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 use rdkafka::{ClientContext, Message};
 
 use crate::error::Error;
+use crate::kafka::is_for_good;
 
 /// The first record that the broker has refused for good.
 #[derive(Default)]
@@ -26,9 +27,7 @@ impl ProducerContext for Reports {
 
     fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
         let Err((KafkaError::MessageProduction(code), record)) = result else { return };
-        let for_good =
-            [Code::MessageSizeTooLarge, Code::MessageBatchTooLarge, Code::InvalidRecord, Code::InvalidTimestamp];
-        if for_good.contains(code) {
+        if is_for_good(*code) {
             let bytes = record.payload_len() + record.key_len();
             let refused = Refused { code: *code, topic: record.topic().to_owned(), bytes };
             self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(refused);

@@ -113,7 +113,22 @@ pub fn sql_error(doing: &str, e: &tokio_postgres::Error) -> Error {
     }
 }
 
-/// SQLSTATEs of a server that is starting, stopping, full or out of something: later it may work.
+/// SQLSTATEs of a server that is starting, stopping, full or out of something, or that has ended a transaction for its own
+/// reasons (40001: what a standby replays was in its way): later it may work.
 pub(in crate::source) fn is_transient(sqlstate: &str) -> bool {
-    matches!(sqlstate, "57P01" | "57P02" | "57P03") || ["08", "53", "58"].contains(&&sqlstate[..2.min(sqlstate.len())])
+    matches!(sqlstate, "57P01" | "57P02" | "57P03" | "25P04")
+        || ["08", "40", "53", "58"].iter().any(|c| sqlstate.starts_with(c))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_server_ended_for_its_own_reasons_is_tried_again() {
+        let transient = |code: &&str| is_transient(code);
+        // Recovery conflict, deadlock, transaction_timeout, shutdown, too many connections.
+        assert!(["40001", "40P01", "25P04", "57P01", "53300"].iter().all(transient));
+        assert!(!["42501", "28P01", "22021", "XX001", ""].iter().any(|code| is_transient(code)));
+    }
 }
