@@ -64,6 +64,9 @@ impl Postgres {
         self.push("wal_senders", "a free one", free_sender(client, &config.postgres.slot).await);
         self.push("max_slot_wal_keep_size", "no limit, or one that outlasts every outage", keep_size(client).await);
         self.push("wal_sender_timeout", "0, or several seconds", sender_timeout(client).await);
+        if let Some(found) = encoding(client).await.transpose() {
+            self.push("server_encoding", "UTF8, or one that Postgres turns into it", found);
+        }
         self.push("clock", &format!("within {} ms of Postgres's", BACKLOG.as_millis()), clock(client).await);
     }
 
@@ -228,6 +231,13 @@ async fn sender_timeout(client: &Client) -> Result<Found> {
         return Ok(found.into());
     }
     Ok(Found::with_advice(found, "a short pause of the network already ends the stream: 60s is the default"))
+}
+
+/// Only where there is something to say.
+async fn encoding(client: &Client) -> Result<Option<Found>> {
+    let found = setting(client, "server_encoding").await?;
+    let advice = "Postgres takes any bytes and sends them as they are; a row that is not UTF-8 stops the stream: copy the database into one with ENCODING UTF8";
+    Ok((found == "SQL_ASCII").then(|| Found::with_advice(found, advice)))
 }
 
 async fn clock(client: &Client) -> Result<Found> {

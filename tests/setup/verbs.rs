@@ -311,6 +311,23 @@ async fn init_tells_of_a_checkpoint_topic_that_forgets_and_refuses_a_table_that_
     place.leave().await;
 }
 
+#[tokio::test]
+async fn check_notes_a_database_that_takes_bytes_of_any_encoding() {
+    let mut place = Place::new("bytes").await;
+    let sql = place.sql().await;
+    let name = format!("{}_ascii", place.name);
+    let made = format!("CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'");
+    sql.batch_execute(&made).await.unwrap();
+    let is_told = |place: &Place| place.check().0.iter().any(|f| f["check"] == "server_encoding");
+    assert!(!is_told(&place));
+    place.url = place.url.replace(&place.name, &name);
+    let note = finding(&place.check().0, "server_encoding").clone();
+    assert_eq!((&note["ok"], &note["found"]), (&Value::Bool(true), &Value::from("SQL_ASCII")), "{note}");
+    sql.batch_execute(&format!("DROP DATABASE {name}")).await.unwrap();
+    place.url = place.url.replace(&name, &place.name);
+    place.leave().await;
+}
+
 /// A broker says that a topic is made before it knows it itself.
 #[tokio::test]
 async fn a_topic_just_made_is_there_for_who_comes_next() {
