@@ -206,9 +206,9 @@ impl Event<'_> {
         }
     }
 
-    /// Whether a column is an unchanged TOAST value.
+    /// Whether a column is an unchanged TOAST value. An update into what a row filter lets pass is an insert with such ones.
     pub fn has_unchanged(&self) -> bool {
-        self.op == Op::Update && self.cells.contains(&Cell::Unchanged)
+        self.cells.contains(&Cell::Unchanged)
     }
 
     /// Appends the names of the unchanged columns as a JSON array.

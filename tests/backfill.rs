@@ -8,7 +8,7 @@ use falaj::lsn::Lsn;
 use serde_json::{Map, Value, json};
 
 use crate::rig::stack::Stack;
-use crate::rig::{Pipeline, Servers, archive, assert_same, bigquery, connect, id, kafka, until};
+use crate::rig::{POSTGRES, Pipeline, Servers, archive, assert_same, bigquery, connect, id, kafka, until};
 use fold::{Writer, fold, source};
 
 /// A table of so many rows that is published, and not yet in the stream: they are older than the slot.
@@ -85,6 +85,25 @@ async fn a_copy_beside_a_writer_on_the_same_rows_folds_to_the_source() {
     assert!(told.starts_with(&format!("item: {} rows in ", copied.len())), "{told}");
     let slots = p.text("SELECT count(*) FROM pg_replication_slots WHERE database = current_database()").await;
     assert_eq!(slots, "1");
+}
+
+/// The copy waits for a transaction that then rewrites what the copy reads, or what enriches it. Neither waits for the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_whose_tables_are_rewritten_while_its_snapshot_is_made_says_so() {
+    let p = with_items("brewritten", 100, KEYED).await;
+    p.init().await;
+    for rewrite in ["ALTER TABLE item ALTER v TYPE bigint", "ALTER TABLE content ALTER length_seconds TYPE bigint"] {
+        let other = connect(&p.env[POSTGRES]).await;
+        other.batch_execute("SET lock_timeout = '60s'; BEGIN; SELECT pg_current_xact_id()").await.unwrap();
+        let copy = p.start(&["backfill", "item"]);
+        let making = "SELECT count(*) FROM pg_replication_slots WHERE temporary AND database = current_database()";
+        until("a slot is being made", async || p.text(making).await == "1").await;
+        other.batch_execute(&format!("{rewrite}; COMMIT")).await.unwrap();
+        let ended = copy.end().await;
+        assert!(ended.code == Some(78) && ended.log.contains("was rewritten or truncated"), "{rewrite}: {}", ended.log);
+    }
+    p.start(&["backfill", "item"]).ends_well().await;
+    assert_eq!(keys(&of_op(&p.values("item").await, "r")), (1..=100).collect::<Vec<_>>());
 }
 
 /// Kills a copy again and again while it moves, until it ends by itself.

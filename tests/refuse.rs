@@ -8,7 +8,7 @@ use falaj::lsn::{Lsn, SlotIdentity};
 
 use crate::rig::process::Ended;
 use crate::rig::stack::Stack;
-use crate::rig::{Pipeline, Servers, archive, check, kafka};
+use crate::rig::{Pipeline, Servers, archive, check, kafka, until};
 
 /// A pipeline that has streamed 100 events.
 async fn streamed(name: &str) -> Pipeline {
@@ -104,6 +104,23 @@ async fn a_position_of_another_system_or_timeline() {
     let text = std::fs::read_to_string(&base).unwrap();
     std::fs::write(&base, text.replace(&ours.system_id, "7000000000000000001")).unwrap();
     must_refuse(&p, &["lookup_state", "7000000000000000001"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipeline_that_is_pointed_to_the_archive_of_another_one_disturbs_it_not() {
+    let p = streamed("archive").await;
+    let mut other = p.sibling("other", "falaj").await;
+    other.set("FALAJ_ARCHIVE__DIR", &p.archive().display().to_string());
+    let produce = p.start(&["produce"]);
+    p.streams("").await;
+    for verb in [&["produce"][..], &["backfill", "content"]] {
+        let ended = other.start(verb).end().await;
+        assert!(ended.code == Some(78) && ended.log.contains("archive_position"), "{verb:?}: {}", ended.log);
+    }
+    rows(&p).await;
+    until("it goes on", async || p.records("engagement_events").await.len() == 200).await;
+    produce.drains().await;
+    assert_eq!(p.rows("engagement_events"), p.values("engagement_events").await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

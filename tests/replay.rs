@@ -164,8 +164,9 @@ async fn a_range_that_is_not_kept_is_refused_with_what_is_kept() {
         assert!(ended.log.contains("replay_range") && ended.log.contains(&kept), "{}", ended.log);
     }
     // From the very beginning, and at the very end, there is something to say.
-    let all = replayed(&p, &["--from", &origin.to_string(), "--to", &end.to_string(), "--sink", "stdout"]).await;
-    assert_eq!(all.lines().count(), 5);
+    let all = replay(&p, &["--from", &origin.to_string(), "--to", &end.to_string(), "--sink", "stdout"]).await;
+    assert_eq!((all.code, all.out.lines().count()), (Some(0), 5), "{all:?}");
+    assert!(all.log.contains("--to is where the archive ends"), "{}", all.log);
     assert_eq!(replayed(&p, &["--from", &end.to_string(), "--sink", "stdout"]).await, "");
     for flags in [
         &["--from", "0/8", "--sink", "kafka"][..],

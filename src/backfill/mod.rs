@@ -33,6 +33,7 @@ use crate::error::{Error, Result};
 use crate::source::catalog::Table;
 use crate::source::conn::Conninfo;
 use crate::source::slot;
+use crate::source::snapshot::Files;
 use crate::world::{START_PATIENCE, World, backoff, print};
 use lane::{Copied, Lane, Shared};
 use outlet::{Fenced, Outlet};
@@ -160,14 +161,18 @@ pub(crate) fn unfinished(world: &World, tables: &[String]) -> Result<(Vec<String
     Ok((unfinished, unknown))
 }
 
-/// A session that has locked the tables, for a snapshot that is made next.
+/// A session for a snapshot that is made next, and the files of the tables that are to be read in it.
 ///
 /// # Errors
 /// [`Error::Refused`] for a table that is not published or cannot be read.
-pub(crate) async fn begin(world: &World, conninfo: &Conninfo, wanted: &[Wanted]) -> Result<tokio_postgres::Client> {
+pub(crate) async fn begin(
+    world: &World,
+    conninfo: &Conninfo,
+    wanted: &[Wanted],
+) -> Result<(tokio_postgres::Client, Files)> {
     let client = conninfo.sql(APPLICATION).await?;
-    source::begin(world, &client, &find(&world.config, &client, wanted).await?).await?;
-    Ok(client)
+    let files = source::begin(world, &client, wanted).await?;
+    Ok((client, files))
 }
 
 /// Stores the plans of tables that are to be copied from a new slot's snapshot: from now on it is known that they are not
@@ -176,7 +181,6 @@ pub(crate) async fn begin(world: &World, conninfo: &Conninfo, wanted: &[Wanted])
 /// # Errors
 /// [`Error::Unreachable`]; [`Error::Fatal`] when the disk refuses.
 pub(crate) async fn prepare(world: &World, source: &Source, wanted: &[Wanted], jobs: u16) -> Result<()> {
-    source::import(&source.client, &source.name).await?;
     let config = &world.config;
     for (wanted, found) in wanted.iter().zip(find(config, &source.client, wanted).await?) {
         source.new_plan(config, wanted, &found, jobs.into()).await?.write(&config.state.dir)?;
@@ -191,7 +195,7 @@ async fn session(world: &World, wanted: &[Wanted], speed: Speed, source: Source,
     slot::require(&config.postgres.slot, state, source.conninfo.dbname())?;
     let jobs = usize::from(speed.jobs);
     let names: Vec<String> = wanted.iter().map(|w| w.table.clone()).collect();
-    let mut fenced = Fenced::take(config, jobs.max(Plan::lanes(&config.state.dir)?), &names).await?;
+    let mut fenced = Fenced::take(config, &source.identity, jobs.max(Plan::lanes(&config.state.dir)?), &names).await?;
     let marks = outlet::marks(config, Some(&world.stop)).await?;
     let moment = source.lookups(config).await?;
     let tables = describe(config, &source, wanted, &moment, jobs).await?;

@@ -87,10 +87,10 @@ pub(super) struct Fenced {
 
 impl Fenced {
     /// Fences the sinks for `lanes` lanes. `tables` are those that will be copied.
-    pub async fn take(config: &Arc<Config>, lanes: usize, tables: &[String]) -> Result<Self> {
+    pub async fn take(config: &Arc<Config>, identity: &SlotIdentity, lanes: usize, tables: &[String]) -> Result<Self> {
         let has = |name| config.produce.sinks.contains(&name);
         let kafka = if has(SinkName::Kafka) { kafka::fence(config, lanes, tables).await? } else { Vec::new() };
-        let work = if has(SinkName::Archive) { Some(parquet::fence(config)?) } else { None };
+        let work = if has(SinkName::Archive) { Some(parquet::fence(config, identity)?) } else { None };
         Ok(Self { kafka, work })
     }
 

@@ -15,7 +15,7 @@ use crate::lsn::{Lsn, SlotIdentity};
 use crate::source::catalog::{self, Table};
 use crate::source::conn::{Conninfo, sql_error};
 use crate::source::slot;
-use crate::source::snapshot::{self, Kind};
+use crate::source::snapshot::{self, Files, Kind};
 use crate::source::wire::{Wire, ident, literal};
 use crate::world::{START_PATIENCE, World};
 
@@ -59,7 +59,7 @@ impl Source {
         slot::require(&postgres.slot, slot::read(&client, &postgres.slot).await?, conninfo.dbname())?;
         require::free_slot(&client, "").await?;
         require::free_sender(&client, "").await?;
-        begin(world, &client, &find(&world.config, &client, wanted).await?).await?;
+        let files = begin(world, &client, wanted).await?;
         let mut wire = Wire::connect(&conninfo, APPLICATION).await?;
         let system = wire.identify_system().await.map_err(|e| e.into_error("IDENTIFY_SYSTEM"))?;
         // A slot's name has 63 characters at most.
@@ -69,7 +69,7 @@ impl Source {
             never = snapshot::said_waiting(false) => match never {},
             () = world.stop.cancelled() => return Err(Error::Fatal("shut down before anything was copied".into())),
         };
-        import(&client, &name).await?;
+        files.enter(&client, &name).await?;
         let identity =
             SlotIdentity { system_id: system.system_id, timeline: system.timeline, slot: postgres.slot.clone() };
         Ok(Self { conninfo, client, lsn, name, identity, wire: Some(wire) })
@@ -294,14 +294,17 @@ pub(super) async fn find(config: &Config, client: &Client, wanted: &[Wanted]) ->
     Ok(found)
 }
 
-/// The lock of the pipeline's backfill, then the transaction that is to see the snapshot.
-///
-/// The tables are locked *before* there is a snapshot: one that is rewritten between the two would look empty in it.
-pub(super) async fn begin(world: &World, client: &Client, tables: &[Table]) -> Result<()> {
+/// The lock of the pipeline's backfill, then the transaction that is to see the snapshot. Gives the files of what is read in it:
+/// the tables, and those that enrich their rows.
+pub(super) async fn begin(world: &World, client: &Client, wanted: &[Wanted]) -> Result<Files> {
     lock(world, client).await?;
-    let names: Vec<_> = tables.iter().map(|found| found.sql_source()).collect();
-    let sql = format!("{BEGIN}; LOCK TABLE {} IN ACCESS SHARE MODE", names.join(", "));
-    client.batch_execute(&sql).await.map_err(|e| failed(&e))
+    let config = &world.config;
+    let tables = find(config, client, wanted).await?;
+    let lookups = base::lookups(&catalog::published(client, &config.postgres.publication).await?, &config.tables)?;
+    let read: Vec<_> = tables.iter().chain(lookups.iter().map(|lookup| &lookup.source)).collect();
+    let files = Files::note(client, &read).await?;
+    client.batch_execute(BEGIN).await.map_err(|e| failed(&e))?;
+    Ok(files)
 }
 
 /// Rows in their order: no parallel plan, no scan that begins where another one is.

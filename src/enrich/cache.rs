@@ -118,7 +118,9 @@ impl Cache {
                     (key, _) => key?,
                 };
                 let old_key = old_key.unwrap_or_else(|| new_key.clone());
-                let values = self.values(relation, new, Some(&old_key))?;
+                // A base that was adopted may know the row by its new key alone.
+                let known = [&old_key, &new_key].into_iter().find(|key| self.rows.contains(key.as_bytes()));
+                let values = self.values(relation, new, known.map(String::as_str))?;
                 let moved = (old_key != new_key).then_some(LookupChange::Delete(old_key));
                 moved.into_iter().chain([LookupChange::Put((new_key, values))]).collect()
             }

@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 use crate::schema::Column;
 use crate::source::catalog::Table;
 use crate::source::conn::sql_error;
-use crate::source::wire::{ident, literal};
+use crate::source::snapshot::{Files, lock};
+use crate::source::wire::ident;
 
 /// A lookup table, as the state knows it and as the catalogue does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,24 +87,27 @@ fn typed(column: &Column) -> ColumnType {
     ColumnType { name: column.name.clone(), type_oid: column.type_oid, type_mod: column.type_mod }
 }
 
-/// Writes the base with the rows of an exported snapshot, or with those of now, and then with what now was. Gives the number
-/// of rows.
+/// Writes the base with the rows of an exported snapshot (its name, and the files of the tables from before it was made), or with
+/// those of now, and then with what now was. Gives the number of rows.
 ///
 /// # Errors
 /// [`Error::Refused`] for want of SELECT; [`Error::Unreachable`]; [`Error::Fatal`] when the disk refuses.
 pub(super) async fn write(
     client: &Client,
-    snapshot: Option<&str>,
+    snapshot: Option<(&str, &Files)>,
     mut header: BaseHeader,
     lookups: &[Lookup],
     dir: &Path,
 ) -> Result<u64> {
     let failed = |e: tokio_postgres::Error| sql_error("reading the lookup rows", &e);
-    let import = snapshot.map(|s| format!("SET TRANSACTION SNAPSHOT {};", literal(s))).unwrap_or_default();
-    let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {import}");
-    client.batch_execute(&begin).await.map_err(failed)?;
-    if snapshot.is_none() {
-        header.adopted_snapshot = Some(now(client).await?);
+    client.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await.map_err(failed)?;
+    match snapshot {
+        Some((name, files)) => files.enter(client, name).await?,
+        None => {
+            let sources: Vec<_> = lookups.iter().map(|l| l.source.sql_source()).collect();
+            client.batch_execute(&lock(&sources)).await.map_err(failed)?;
+            header.adopted_snapshot = Some(now(client).await?);
+        }
     }
     // The snapshot of the slot's own beginning: rows that it sees are in no event.
     let origin = match snapshot {

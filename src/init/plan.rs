@@ -24,7 +24,7 @@ use crate::produce;
 use crate::source::catalog::{self, Table};
 use crate::source::conn::{Conninfo, sql_error};
 use crate::source::slot;
-use crate::source::snapshot::{self, Kind};
+use crate::source::snapshot::{self, Files, Kind};
 use crate::source::wire::{Wire, ident};
 use crate::world::{World, print};
 
@@ -313,6 +313,7 @@ impl Plan {
             Some(copied) => Some(backfill::begin(world, &self.conninfo, copied).await?),
             None => None,
         };
+        let files = Files::note(&self.client, &lookups.iter().map(|l| &l.source).collect::<Vec<_>>()).await?;
         let mut wire = Wire::connect(&self.conninfo, APPLICATION).await?;
         // The plan may be old: it was asked for, or another init was waited for.
         require::no_slot(&self.client, slot).await?;
@@ -334,12 +335,15 @@ impl Plan {
             Err(error) => return Err(error),
         };
         backfill::forget(&config.state.dir)?;
-        let mut source = reader.map(|client| Source::new(&self.conninfo, client, at, &snapshot, &self.identity));
+        let mut source = None;
         let write = async {
-            if let (Some(source), Some(copied)) = (&source, &copied) {
-                backfill::prepare(world, source, copied, SPEED.jobs).await?;
+            if let (Some((client, files)), Some(copied)) = (reader, &copied) {
+                files.enter(&client, &snapshot).await?;
+                let copying = Source::new(&self.conninfo, client, at, &snapshot, &self.identity);
+                backfill::prepare(world, &copying, copied, SPEED.jobs).await?;
+                source = Some(copying);
             }
-            self.write_base(config, Some(&snapshot), at, at, &lookups).await
+            self.write_base(config, Some((&snapshot, &files)), at, at, &lookups).await
         };
         let written = tokio::select! {
             written = write => written,
@@ -388,7 +392,7 @@ impl Plan {
     async fn write_base(
         &self,
         config: &Config,
-        snapshot: Option<&str>,
+        snapshot: Option<(&str, &Files)>,
         at: Lsn,
         origin: Lsn,
         lookups: &[Lookup],

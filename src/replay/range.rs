@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tracing::warn;
+
 use crate::cli;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
@@ -23,7 +25,12 @@ pub(super) async fn resolve(world: &World, args: &cli::Replay) -> Result<Range> 
     }
     let kept = playback::kept(&world.config.archive.dir)?;
     match kept.as_ref().and_then(|kept| within(kept, args.from, args.to)) {
-        Some(range) => Ok(range),
+        Some(range) => {
+            if kept.is_some_and(|kept| args.to == Some(kept.to)) {
+                warn!("--to is where the archive ends: a transaction that commits exactly there is not in it yet");
+            }
+            Ok(range)
+        }
         None => Err(refused(world, args, kept.as_ref()).await),
     }
 }

@@ -63,6 +63,8 @@ struct Open {
 /// [`Error::Refused`] for a directory that is not writable or holds another stream; [`Error::Fatal`] from the disk.
 pub fn open(config: &Config, identity: &SlotIdentity) -> Result<Opened> {
     let dir = config.archive.dir.clone();
+    // Whose archive it is comes first: the owner of another one is not put out of it.
+    position(config, identity)?;
     let work = take_over(&dir, archive::WORK_PREFIX).map_err(|e| not_writable(&dir, &e))?;
     let position = position(config, identity)?;
     let began = match archive::list(&dir)?.into_iter().rfind(Batch::is_streamed) {

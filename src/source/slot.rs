@@ -28,6 +28,8 @@ pub struct SlotState {
     pub invalidation: Option<String>,
     /// Postgres copies it to its standbys (17 and later).
     pub failover: bool,
+    /// It sends transactions when they are prepared, not when they are committed.
+    pub two_phase: bool,
 }
 
 /// Reads the slot; `None` when there is none of that name.
@@ -35,10 +37,10 @@ pub struct SlotState {
 /// # Errors
 /// [`Error::Unreachable`] when the connection is lost.
 pub async fn read(client: &Client, slot: &str) -> Result<Option<SlotState>> {
-    // The last two came with Postgres 17; to_jsonb gives NULL where there is no such column.
+    // Two of them came with Postgres 17; to_jsonb gives NULL where there is no such column.
     let sql = "SELECT plugin::text, database::text, active_pid, confirmed_flush_lsn::text, wal_status::text, \
                pg_catalog.to_jsonb(s) ->> 'invalidation_reason', \
-               coalesce((pg_catalog.to_jsonb(s) ->> 'failover')::bool, false) \
+               coalesce((pg_catalog.to_jsonb(s) ->> 'failover')::bool, false), two_phase \
                FROM pg_catalog.pg_replication_slots s WHERE slot_name::text = $1 AND slot_type = 'logical'";
     let Some(row) = client.query_opt(sql, &[&slot]).await.map_err(lost)? else { return Ok(None) };
     Ok(Some(SlotState {
@@ -49,6 +51,7 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<SlotState>> {
         wal_status: row.get(4),
         invalidation: row.get(5),
         failover: row.get(6),
+        two_phase: row.get(7),
     }))
 }
 
@@ -72,6 +75,12 @@ pub fn require(slot: &str, state: Option<SlotState>, database: &str) -> Result<S
         return Err(refuse(
             format!("slot \"{slot}\" has plugin {:?}", state.plugin),
             "choose another postgres.slot, then falaj init".to_owned(),
+        ));
+    }
+    if state.two_phase {
+        return Err(refuse(
+            format!("slot \"{slot}\" was made with two_phase: it sends what is prepared, and may be rolled back"),
+            "drop it and let falaj init make one, or choose another postgres.slot".to_owned(),
         ));
     }
     if state.database.as_deref() != Some(database) {
@@ -270,6 +279,7 @@ mod tests {
             wal_status: Some("reserved".into()),
             invalidation: None,
             failover: false,
+            two_phase: false,
         }
     }
 
@@ -279,6 +289,7 @@ mod tests {
         for (unfit, word) in [
             (None, "no slot"),
             (Some(SlotState { plugin: Some("test_decoding".into()), ..state() }), "test_decoding"),
+            (Some(SlotState { two_phase: true, ..state() }), "two_phase"),
             (Some(SlotState { database: Some("other".into()), ..state() }), "other"),
             (Some(SlotState { wal_status: Some("lost".into()), ..state() }), "lost"),
         ] {

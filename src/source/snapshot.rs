@@ -6,9 +6,12 @@
 
 use std::time::Duration;
 
+use tokio_postgres::Client;
 use tracing::info;
 
-use super::wire::{Wire, WireError, ident};
+use super::catalog::Table;
+use super::conn::sql_error;
+use super::wire::{Wire, WireError, ident, literal};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 
@@ -52,6 +55,64 @@ pub async fn new_slot(wire: &mut Wire, slot: &str, kind: Kind) -> Result<(Lsn, S
         },
         other => Err(Error::fatal("CREATE_REPLICATION_SLOT", format_args!("the answer {other:?}"))),
     }
+}
+
+/// The files of tables at a moment. A table that is rewritten, or emptied by TRUNCATE, has others from then on, and looks empty in
+/// every snapshot from before. A lock that is taken before the snapshot is made would keep that away too, but a transaction that
+/// waits for it would hold up the slot, which waits for that transaction.
+pub struct Files {
+    oids: Vec<u32>,
+    sources: Vec<String>,
+    found: String,
+}
+
+impl Files {
+    /// Notes them, for a snapshot that is made next.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] when the connection is lost.
+    pub async fn note(client: &Client, tables: &[&Table]) -> Result<Self> {
+        let oids: Vec<u32> = tables.iter().map(|t| t.relation.oid).collect();
+        let sources = tables.iter().map(|t| t.sql_source()).collect();
+        let found = now(client, &oids).await?;
+        Ok(Self { oids, sources, found })
+    }
+
+    /// Gives the session's transaction, which has just begun, the snapshot, and locks the tables against what it could not see.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when a table has been rewritten since its files were noted; [`Error::Unreachable`].
+    pub async fn enter(&self, client: &Client, snapshot: &str) -> Result<()> {
+        let import = format!("SET TRANSACTION SNAPSHOT {};{}", literal(snapshot), lock(&self.sources));
+        client.batch_execute(&import).await.map_err(|e| failed(&e))?;
+        if now(client, &self.oids).await? == self.found {
+            return Ok(());
+        }
+        Err(Error::refused(
+            "snapshot",
+            format!("one of {} was rewritten or truncated while the snapshot was made", self.sources.join(", ")),
+            "tables that stay as they are for that moment",
+            "run the same command again",
+        ))
+    }
+}
+
+/// SQL that keeps tables from being rewritten until the transaction ends.
+pub fn lock(sources: &[String]) -> String {
+    if sources.is_empty() { String::new() } else { format!("LOCK TABLE {} IN ACCESS SHARE MODE", sources.join(", ")) }
+}
+
+/// As they are now, whatever the session's transaction sees.
+async fn now(client: &Client, oids: &[u32]) -> Result<String> {
+    let sql = "SELECT coalesce(string_agg(f.oid::text || '/' || coalesce(pg_catalog.pg_relation_filenode(f.oid)::text, ''), ' ' \
+                   ORDER BY f.oid), '') \
+               FROM (SELECT unnest($1::oid[]) AS oid UNION \
+                   SELECT t.relid FROM unnest($1::oid[]) AS o(oid), pg_catalog.pg_partition_tree(o.oid) AS t) AS f";
+    Ok(client.query_one(sql, &[&oids]).await.map_err(|e| failed(&e))?.get(0))
+}
+
+fn failed(e: &tokio_postgres::Error) -> Error {
+    sql_error("entering a snapshot", e)
 }
 
 /// Postgres makes a slot only once every running transaction has ended; says so when that takes long. Never ends.

@@ -130,6 +130,22 @@ async fn rows_of_a_schema_from_before_the_adoption_are_passed_over() {
     }
 }
 
+/// The adopted rows know the new key alone, and the stream brings the change of the key without the long value.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_was_changed_before_the_adoption_keeps_its_long_values() {
+    let p = with_content("lookupkey").await;
+    p.run("ALTER TABLE content ALTER title SET STORAGE EXTERNAL; ALTER TABLE engagement_events DROP CONSTRAINT engagement_events_content_id_fkey").await;
+    p.run("UPDATE content SET title = repeat('x', 5000)").await;
+    p.produce().await;
+    p.run("UPDATE content SET id = gen_random_uuid()").await;
+    p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
+    p.run("INSERT INTO engagement_events (content_id, event_type, event_ts) SELECT id, 'play', now() FROM content")
+        .await;
+    p.produce().await;
+    let event: serde_json::Value = serde_json::from_str(&p.values("engagement_events").await[0]).unwrap();
+    assert_eq!(event["title"], "x".repeat(5000));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lookup_column_of_a_wider_type_goes_on_and_one_that_was_rewritten_stops() {
     let p = with_content("lookuptype").await;

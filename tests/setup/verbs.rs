@@ -94,6 +94,27 @@ async fn init_waits_for_running_transactions_and_their_rows_are_in_the_base() {
     }
 }
 
+/// The rows of a table that is rewritten behind the slot's snapshot are not seen in it.
+#[tokio::test]
+async fn init_whose_lookup_table_is_rewritten_while_the_slot_is_made_leaves_no_slot() {
+    let place = Place::new("rewritten").await;
+    place.sql().await.batch_execute(include_str!("../../sql/01_tables.sql")).await.unwrap();
+    let writer = place.sql().await;
+    writer.batch_execute("BEGIN; SELECT pg_current_xact_id()").await.unwrap();
+    let init = place.command(&["init", "--yes"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while slots(&place).await == 0 {
+        assert!(Instant::now() < deadline, "no slot is being made");
+    }
+    let rewrite = "ALTER TABLE public.content ALTER length_seconds TYPE bigint; COMMIT";
+    writer.batch_execute(rewrite).await.unwrap();
+    let out = init.wait_with_output().unwrap();
+    assert!(out.status.code() == Some(78) && stderr(&out).contains("was rewritten or truncated"), "{}", stderr(&out));
+    assert_eq!(slots(&place).await, 0);
+    assert_eq!(place.falaj(&["init", "--yes"]).status.code(), Some(0));
+    place.leave().await;
+}
+
 /// Key and values of every row in the base, sorted.
 fn base_rows(place: &Place) -> Vec<Vec<Option<String>>> {
     let text = fs::read_to_string(place.state().join("base.jsonl")).unwrap();
@@ -152,6 +173,17 @@ async fn a_slot_without_lookup_state_is_refused_until_it_is_adopted() {
     let header = state::header(&place.state()).unwrap().unwrap();
     assert_eq!((header.lsn.to_string(), header.adopted), (at, true));
     assert!(stdout(&place.falaj(&["init"])).contains("nothing to do"));
+    place.leave().await;
+}
+
+#[tokio::test]
+async fn a_slot_that_sends_what_is_only_prepared_is_refused() {
+    let place = Place::new("prepared").await;
+    place.sql().await.batch_execute(include_str!("../../sql/01_tables.sql")).await.unwrap();
+    let sql = "SELECT pg_create_logical_replication_slot($1, 'pgoutput', false, true)";
+    place.sql().await.execute(sql, &[&place.name]).await.unwrap();
+    let refused = place.falaj(&["init", "--yes", "--adopt-slot"]);
+    assert!(refused.status.code() == Some(78) && stderr(&refused).contains("two_phase"), "{}", stderr(&refused));
     place.leave().await;
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::ParquetSink;
-use super::position::{not_writable, take_over};
+use super::position::{not_writable, position, take_over};
 use super::writer::Progress;
 use crate::archive;
 use crate::config::Config;
@@ -16,9 +16,10 @@ use crate::sink::Sink;
 /// Makes the work directory of a backfill and removes that of an earlier one, whose next rename then fails.
 ///
 /// # Errors
-/// [`Error::Refused`] for a directory that is not writable.
-pub fn fence(config: &Config) -> Result<PathBuf> {
+/// [`Error::Refused`] for a directory that is not writable, or that holds another stream.
+pub fn fence(config: &Config, identity: &SlotIdentity) -> Result<PathBuf> {
     let dir = &config.archive.dir;
+    position(config, identity)?;
     take_over(dir, archive::HISTORY_WORK_PREFIX).map_err(|e| not_writable(dir, &e))
 }
 
