@@ -11,7 +11,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_perc
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::lsn::{Lsn, Position, SlotIdentity};
+use crate::lsn::{Commit, Lsn, Position, SlotIdentity};
 
 /// Version of the layout and of the file's footer.
 pub const VERSION: &str = "1";
@@ -38,6 +38,8 @@ pub const META_END_LSN: &str = "falaj.end_lsn";
 pub const META_RESUME: &str = "falaj.resume";
 /// Footer key: bound of the last change of the lookup rows that the rows below [`META_RESUME`] were enriched with.
 pub const META_LOOKUPS: &str = "falaj.lookups";
+/// Footer key: the last transaction with rows up to the end of the batch, as JSON.
+pub const META_COMMIT: &str = "falaj.commit";
 /// Footer key: primary key columns as a JSON array; absent when the table has none.
 pub const META_PRIMARY_KEY: &str = "falaj.primary_key";
 /// Footer key: column whose value is the Kafka record key, where configured.
@@ -209,6 +211,9 @@ pub struct IdlePosition {
     /// Last change of the lookup rows that the rows below `lsn` were enriched with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lookups: Option<Position>,
+    /// The last transaction with rows below `lsn`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<Commit>,
 }
 
 fn read_dir(dir: &Path) -> Result<Vec<std::fs::DirEntry>> {

@@ -1,6 +1,6 @@
 //! A change as the stream brings it: numbered, not yet enriched.
 
-use crate::lsn::{Lsn, Position};
+use crate::lsn::{Commit, Lsn, Position};
 use crate::message::Sent;
 use crate::pgoutput::{Message, Old, Tuple};
 
@@ -132,6 +132,11 @@ impl Assembler {
     /// The commit LSN of the open transaction.
     pub fn open(&self) -> Option<Lsn> {
         self.open.as_ref().map(|o| o.commit_lsn)
+    }
+
+    /// The open transaction, by its commit.
+    pub fn transaction(&self) -> Option<Commit> {
+        self.open.as_ref().map(|o| Commit { lsn: o.commit_lsn, ts: o.commit_ts })
     }
 
     /// The open transaction's id, as the WAL has it: without its epoch.

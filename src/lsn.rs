@@ -132,6 +132,15 @@ impl fmt::Debug for Position {
     }
 }
 
+/// A transaction, as the stream says of its commit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Commit {
+    /// Start of the commit record.
+    pub lsn: Lsn,
+    /// Commit time, µs since the Unix epoch.
+    pub ts: i64,
+}
+
 /// How far something (a sink, the lookup state) has got.
 ///
 /// Everything committed below `resume` is in; of the transaction at `partial`, the rows up to that ordinal are in as well.
@@ -146,12 +155,16 @@ pub struct Checkpoint {
     /// not go on from here. `None` where nobody has said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lookups: Option<Position>,
+    /// The last transaction of which rows are in: a server that has another one there has another history. `None` where nobody
+    /// has said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<Commit>,
 }
 
 impl Checkpoint {
     /// At a transaction boundary.
     pub fn whole(resume: Lsn) -> Self {
-        Self { resume, partial: None, lookups: None }
+        Self { resume, partial: None, lookups: None, commit: None }
     }
 
     /// The one that has got further.

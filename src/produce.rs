@@ -5,6 +5,7 @@
 
 mod from_bookmark;
 mod held;
+mod history;
 mod lag;
 mod messages;
 mod row;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use falaj::lsn::{Lsn, SlotIdentity};
@@ -137,6 +138,38 @@ async fn a_position_ahead_of_the_server() {
     checkpoint(&p, &ours, at).await;
     idle_position(&p, &ours, ahead);
     must_refuse(&p, &["sink_position", "archive stands at FFFF/0"]).await;
+}
+
+/// The server's files are set back to an older state, and it goes on until its WAL is longer than before: by identity, timeline
+/// and LSNs it is the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_set_back_and_went_on() {
+    let stack = Stack::up("setback", &["postgres"]);
+    let mut p = Pipeline::on(Servers::shared().with(stack.addresses()), "setback").await;
+    let data = stack.dir().join("postgres").canonicalize().unwrap().join("data");
+    let copy = data.with_file_name("copy");
+    let shell = |command: String| assert!(Command::new("sh").args(["-c", &command]).status().unwrap().success());
+    rows(&p).await;
+    p.produce().await;
+    stack.call(&["stop", "postgres"]);
+    shell(format!("cp -a {} {}", data.display(), copy.display()));
+    stack.call(&["up", "postgres"]);
+    p = p.reconnect().await;
+    rows(&p).await;
+    let stood = p.produce().await;
+    p.produce().await;
+    stack.call(&["stop", "postgres"]);
+    shell(format!("rm -r {0} && mv {1} {0}", data.display(), copy.display()));
+    stack.call(&["up", "postgres"]);
+    p = p.reconnect().await;
+    assert!(p.lsn().await < stood);
+    while p.lsn().await < stood {
+        rows(&p).await;
+    }
+    rows(&p).await;
+    for _ in 0..2 {
+        must_refuse(&p, &["sink_position", "restored from an older state of its files"]).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,6 +7,7 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::history::History;
 use super::session::{Outlets, Session};
 use super::walk::Walk;
 use crate::config::{self, Config, Envelope, SinkName};
@@ -105,6 +106,7 @@ impl Held {
         let origin = require_header(&config.state.dir)?.origin;
         let tables = config.sources(catalog::published_names(&self.client, &config.postgres.publication).await?)?;
         let (mut outlets, mut from, mut have) = (Outlets::default(), None::<Checkpoint>, None::<Checkpoint>);
+        let mut commits = Vec::new();
         for name in &config.produce.sinks {
             let ours = chosen.contains(name);
             let (label, position) = if ours {
@@ -119,6 +121,7 @@ impl Held {
                 (label, position)
             };
             let position = position.map(Stored::checkpoint);
+            commits.extend(position.filter(|_| ours).and_then(|position| position.commit));
             if let Some(ahead) = position.filter(|position| replaying && position.resume > server) {
                 return Err(Error::unreachable(
                     "the standby",
@@ -130,6 +133,7 @@ impl Held {
             have = if ours { Some(have.map_or(at, |lowest| lowest.min(at))) } else { have };
         }
         outlets.sinks.sort_by_key(|sink| !sink.may_refuse());
+        outlets.history = History::new(commits, confirmed);
         let from = from.unwrap_or(Checkpoint::whole(confirmed));
         Ok((outlets, from, have.unwrap_or(Checkpoint::whole(Lsn(0)))))
     }
@@ -144,13 +148,14 @@ impl Held {
     pub(super) fn start(
         self,
         world: &World,
-        outlets: Outlets,
+        mut outlets: Outlets,
         enricher: Enricher,
         from: Lsn,
         have: Checkpoint,
     ) -> Session {
         info!(%from, lookup_rows = enricher.rows(), form = ?self.form, "streaming");
-        let mut walk = Walk::new(self.client, self.form, enricher, world.config.tables.clone(), from, have);
+        let (tables, history) = (world.config.tables.clone(), std::mem::take(&mut outlets.history));
+        let mut walk = Walk::new(self.client, self.form, enricher, tables, from, have, history);
         walk.keep_old = world.config.kafka.envelope == Envelope::Debezium;
         Session { stream: self.stream, outlets, walk }
     }

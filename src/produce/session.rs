@@ -6,6 +6,7 @@
 use futures_util::future::select_all;
 
 use super::held::Held;
+use super::history::History;
 use super::until::{Reached, Until};
 use super::walk::Walk;
 use crate::config::SinkName;
@@ -30,6 +31,8 @@ pub(super) struct Session {
 pub(super) struct Outlets {
     pub(super) sinks: Vec<Box<dyn Sink>>,
     pub(super) left_out: Vec<Stored>,
+    /// What their positions are of, for the walk.
+    pub(super) history: History,
 }
 
 impl Session {
@@ -57,7 +60,7 @@ impl Session {
         let Some(held) = Held::take(world, None).await? else { return Ok(None) };
         let from = held.confirmed(world).await?;
         let enricher = held.lookups(world, Checkpoint::whole(from))?;
-        let outlets = Outlets { sinks: vec![Box::new(Discard::default())], left_out: Vec::new() };
+        let outlets = Outlets { sinks: vec![Box::new(Discard::default())], ..Outlets::default() };
         Ok(Some(held.start(world, outlets, enricher, from, Checkpoint::whole(Lsn(0)))))
     }
 
@@ -101,9 +104,11 @@ impl Session {
         self.outlets.store(self.walk.checkpoint()).await
     }
 
-    /// Acknowledges what every configured sink has.
+    /// Acknowledges what every configured sink has, once the server has shown that it is of its history: what is acknowledged
+    /// does not come again.
     pub(super) fn acknowledge(&mut self) -> Result<()> {
-        if let Some(durable) = self.outlets.durable()
+        if self.walk.history.is_proved()
+            && let Some(durable) = self.outlets.durable()
             && durable.lsn() > self.stream.acknowledged()
         {
             self.stream.acknowledge(durable);

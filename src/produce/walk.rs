@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use tokio_postgres::Client;
 
+use super::history::History;
 use super::lag::Lag;
 use super::messages::Messages;
 use super::row;
@@ -15,7 +16,7 @@ use crate::config;
 use crate::enrich::Enricher;
 use crate::error::{Error, Refusal, Result};
 use crate::event::Layout;
-use crate::lsn::{Checkpoint, Lsn, Position};
+use crate::lsn::{Checkpoint, Commit, Lsn, Position};
 use crate::message::Sent;
 use crate::pgoutput::{self, Message};
 use crate::schema::Relation;
@@ -48,6 +49,7 @@ pub(super) struct Walk {
     last: Option<Position>,
     /// Last change of the lookup rows below `resume`.
     lookups: Position,
+    pub(super) history: History,
     /// The server waits for an acknowledgement.
     wanted: bool,
     scratch: Vec<u8>,
@@ -80,6 +82,7 @@ impl Walk {
         tables: Vec<config::Table>,
         from: Lsn,
         have: Checkpoint,
+        history: History,
     ) -> Self {
         Self {
             lookups: enricher.changed,
@@ -97,6 +100,7 @@ impl Walk {
             have,
             resume: from,
             last: None,
+            history,
             wanted: false,
             scratch: Vec::new(),
             lag: Lag::default(),
@@ -117,7 +121,8 @@ impl Walk {
 
     /// How far everything has been pushed to the sinks.
     pub(super) fn checkpoint(&self) -> Checkpoint {
-        Checkpoint { resume: self.resume, partial: self.last, lookups: Some(self.lookups) }
+        let Self { resume, last: partial, .. } = *self;
+        Checkpoint { resume, partial, lookups: Some(self.lookups), commit: self.history.last }
     }
 
     /// Nothing up to `at` is missing, although no transaction ended there.
@@ -148,7 +153,7 @@ impl Walk {
         for frame in chunk.frames() {
             let reached = match frame {
                 Frame::Data(bytes) => self.message(bytes, sinks, until.as_deref_mut()).await?,
-                Frame::Keepalive { wal_end, reply } => self.keepalive(wal_end, reply, until.as_deref()),
+                Frame::Keepalive { wal_end, reply } => self.keepalive(wal_end, reply, until.as_deref())?,
             };
             if reached.is_some() {
                 return Ok(reached);
@@ -158,16 +163,17 @@ impl Walk {
     }
 
     /// Everything committed below `wal_end` has been sent; with nothing open that is a position too.
-    fn keepalive(&mut self, wal_end: Lsn, reply: bool, until: Option<&Until>) -> Option<Reached> {
+    fn keepalive(&mut self, wal_end: Lsn, reply: bool, until: Option<&Until>) -> Result<Option<Reached>> {
         self.wanted |= reply;
         if self.assembler.open().is_some() {
-            return None;
+            return Ok(None);
         }
+        self.history.passes(wal_end)?;
         let reached = until.and_then(|u| u.idle(wal_end));
         if reached.is_none() {
             self.reach(wal_end);
         }
-        reached
+        Ok(reached)
     }
 
     async fn message(
@@ -193,8 +199,9 @@ impl Walk {
                 self.described.insert(relation.oid, relation);
             }
             Step::Begin => {
-                let commit_lsn = self.assembler.open().unwrap_or_default();
-                return Ok(until.and_then(|u| u.begin(commit_lsn, self.resume)));
+                let Some(commit) = self.assembler.transaction() else { return Ok(None) };
+                self.history.begins(commit)?;
+                return Ok(until.and_then(|u| u.begin(commit.lsn, self.resume)));
             }
             Step::Commit { end_lsn, commit_ts } => {
                 return self.commit(open.unwrap_or_default(), end_lsn, commit_ts, sinks, until);
@@ -235,6 +242,7 @@ impl Walk {
         if sent.commit_ts.is_some() {
             return self.messages.wait(sent).map(|()| None);
         }
+        self.history.passes(sent.lsn)?;
         let reached = until.and_then(|u| u.message(sent.lsn, self.resume));
         if reached.is_none() {
             self.messages.push(sent, sinks)?;
@@ -377,6 +385,7 @@ impl Walk {
             self.enricher.fold(lookup, &known.relation, change)?;
         }
         self.last = Some(change.at);
+        self.history.last = Some(Commit { lsn: change.at.commit_lsn, ts: change.commit_ts });
         self.events += 1;
         Ok(())
     }

@@ -36,7 +36,7 @@ pub struct Stored(Checkpoint);
 
 impl Stored {
     /// The position of a sink that has never stored anything: nothing may be acknowledged.
-    pub const NOTHING: Self = Self(Checkpoint { resume: Lsn(0), partial: None, lookups: None });
+    pub const NOTHING: Self = Self(Checkpoint { resume: Lsn(0), partial: None, lookups: None, commit: None });
 
     /// The position.
     pub fn checkpoint(self) -> Checkpoint {

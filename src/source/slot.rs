@@ -9,7 +9,7 @@ use crate::lsn::{Checkpoint, Lsn};
 use crate::schema::{Column, Relation};
 
 /// Where what the sinks have is no beginning of what the slot brings.
-const ANEW: &str = "start anew: another pipeline, archive.dir and bigquery.dataset, drop the slot, falaj init --snapshot (docs/operations.md)";
+pub(crate) const ANEW: &str = "start anew: another pipeline, archive.dir and bigquery.dataset, drop the slot, falaj init --snapshot (docs/operations.md)";
 
 /// A row of `pg_replication_slots`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use crate::config::{Config, Kafka};
 use crate::error::{Error, Result};
 use crate::event::Layout;
 use crate::kafka::{TIMEOUT, client, error, no_topic, settle};
-use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
+use crate::lsn::{Checkpoint, Commit, Lsn, Position, SlotIdentity};
 
 /// Value of a checkpoint record; its key is the slot's name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +30,9 @@ pub struct CheckpointRecord {
     /// Last change of the lookup rows that the events below `end_lsn` were enriched with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lookups: Option<Position>,
+    /// The last transaction of which events are in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<Commit>,
     /// Of a replay: what it copies, and into which topics. Absent in the record of the stream itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy: Option<CopyOf>,
@@ -46,14 +49,15 @@ pub struct CopyOf {
 
 impl CheckpointRecord {
     pub(super) fn checkpoint(&self) -> Checkpoint {
-        Checkpoint { resume: self.end_lsn, partial: self.position, lookups: self.lookups }
+        Checkpoint { resume: self.end_lsn, partial: self.position, lookups: self.lookups, commit: self.commit }
     }
 }
 
 /// The record of a stream's position, or of a copy's, under its key.
 pub(super) fn progress(identity: SlotIdentity, key: String, copy: Option<CopyOf>) -> Progress {
-    Box::new(move |Checkpoint { resume: end_lsn, partial: position, lookups }| {
-        let record = CheckpointRecord { identity: identity.clone(), end_lsn, position, lookups, copy: copy.clone() };
+    Box::new(move |Checkpoint { resume: end_lsn, partial: position, lookups, commit }| {
+        let (identity, copy) = (identity.clone(), copy.clone());
+        let record = CheckpointRecord { identity, end_lsn, position, lookups, commit, copy };
         let value = serde_json::to_vec(&record).map_err(|e| Error::fatal("writing a checkpoint", e))?;
         Ok((key.clone(), value))
     })
@@ -225,16 +229,18 @@ mod tests {
             end_lsn: Lsn(256),
             position: Some(Position { commit_lsn: Lsn(300), ordinal: 4 }),
             lookups: Some(Position { commit_lsn: Lsn(200), ordinal: 1 }),
+            commit: Some(Commit { lsn: Lsn(300), ts: 5 }),
             copy: None,
         };
         let value = serde_json::to_vec(&record).unwrap();
-        let text = r#"{"identity":{"system_id":"7","timeline":1,"slot":"falaj"},"end_lsn":"0/100","position":{"commit_lsn":"0/12C","ordinal":4},"lookups":{"commit_lsn":"0/C8","ordinal":1}}"#;
+        let text = r#"{"identity":{"system_id":"7","timeline":1,"slot":"falaj"},"end_lsn":"0/100","position":{"commit_lsn":"0/12C","ordinal":4},"lookups":{"commit_lsn":"0/C8","ordinal":1},"commit":{"lsn":"0/12C","ts":5}}"#;
         assert_eq!(std::str::from_utf8(&value).unwrap(), text);
         assert_eq!(parse_record("t", 0, &value, &identity).unwrap(), record);
         // As falaj 0.1.0 wrote it before it said that.
-        let before = text.replace(r#","lookups":{"commit_lsn":"0/C8","ordinal":1}"#, "");
+        let later = r#","lookups":{"commit_lsn":"0/C8","ordinal":1},"commit":{"lsn":"0/12C","ts":5}"#;
+        let before = text.replace(later, "");
         let read = parse_record("t", 0, before.as_bytes(), &identity).unwrap();
-        assert_eq!(read, CheckpointRecord { lookups: None, ..record.clone() });
+        assert_eq!(read, CheckpointRecord { lookups: None, commit: None, ..record.clone() });
         for other in
             [SlotIdentity { timeline: 2, ..identity.clone() }, SlotIdentity { system_id: "8".into(), ..identity }]
         {

@@ -93,9 +93,10 @@ fn batch_position(batch: &Batch, identity: &SlotIdentity) -> Result<Checkpoint> 
     }
     let lsn = |key| value(key).and_then(|v| v.parse::<Lsn>().ok());
     let lookups = value(archive::META_LOOKUPS).and_then(archive::parse_bound);
+    let commit = value(archive::META_COMMIT).and_then(|s| serde_json::from_str(s).ok());
     match (lsn(archive::META_END_LSN), lsn(archive::META_RESUME)) {
-        (Some(end), _) => Ok(Checkpoint { lookups, ..Checkpoint::whole(end) }),
-        (None, Some(resume)) => Ok(Checkpoint { resume, partial: Some(batch.last), lookups }),
+        (Some(end), _) => Ok(Checkpoint { lookups, commit, ..Checkpoint::whole(end) }),
+        (None, Some(resume)) => Ok(Checkpoint { resume, partial: Some(batch.last), lookups, commit }),
         (None, None) => Err(refuse("no position in its footer".into())),
     }
 }
@@ -119,5 +120,5 @@ fn idle_position(dir: &Path, identity: &SlotIdentity) -> Result<Option<Checkpoin
     if idle.identity != *identity {
         return Err(refuse(format!("the position of {}", idle.identity)));
     }
-    Ok(Some(Checkpoint { lookups: idle.lookups, ..Checkpoint::whole(idle.lsn) }))
+    Ok(Some(Checkpoint { lookups: idle.lookups, commit: idle.commit, ..Checkpoint::whole(idle.lsn) }))
 }

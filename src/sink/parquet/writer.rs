@@ -253,6 +253,9 @@ impl Writer {
         if let Progress::Stream(began) = &self.progress {
             pairs.push((archive::META_RESUME, checkpoint.resume.to_string()));
             pairs.extend(checkpoint.lookups.map(|at| (archive::META_LOOKUPS, archive::bound(at))));
+            if let Some(commit) = &checkpoint.commit {
+                pairs.push((archive::META_COMMIT, json(commit)?));
+            }
             pairs.push(match began {
                 Began::At(origin) => (archive::META_ORIGIN, origin.to_string()),
                 Began::After(last) => (archive::META_PREVIOUS, archive::bound(*last)),
@@ -273,8 +276,8 @@ impl Writer {
         if let Progress::History(_) = self.progress {
             return Ok(());
         }
-        let Checkpoint { resume: lsn, lookups, .. } = checkpoint;
-        let position = IdlePosition { identity: self.identity.clone(), lsn, lookups };
+        let Checkpoint { resume: lsn, lookups, commit, .. } = checkpoint;
+        let position = IdlePosition { identity: self.identity.clone(), lsn, lookups, commit };
         let tmp = self.work.join(archive::POSITION_FILE);
         let stored = (|| {
             let file = File::create(&tmp)?;
