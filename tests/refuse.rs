@@ -214,6 +214,11 @@ async fn an_absent_slot_one_of_another_plugin_one_of_another_database() {
     let drop = format!("SELECT pg_drop_replication_slot('{}')", p.name);
     p.run(&drop).await;
     must_refuse(&p, &[&format!("no slot \"{}\"", p.name), "falaj init"]).await;
+    // Nor is the table copied once more into sinks that have it.
+    let before = trace(&p).await;
+    let init = p.start(&["init", "--yes", "--snapshot"]).end().await;
+    assert!(init.code == Some(78) && init.log.contains("of one that has gone"), "{}", init.log);
+    assert_eq!(trace(&p).await, before);
     p.run(&format!("SELECT pg_create_logical_replication_slot('{}', 'test_decoding')", p.name)).await;
     must_refuse(&p, &["test_decoding", "pgoutput"]).await;
     p.run(&drop).await;

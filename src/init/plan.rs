@@ -21,9 +21,10 @@ use crate::error::{Error, Result};
 use crate::kafka;
 use crate::lsn::{Lsn, SlotIdentity};
 use crate::produce;
+use crate::sink::Stored;
 use crate::source::catalog::{self, Table};
 use crate::source::conn::{Conninfo, sql_error};
-use crate::source::slot;
+use crate::source::slot::{self, ANEW};
 use crate::source::snapshot::{self, Files, Kind};
 use crate::source::wire::{Wire, ident};
 use crate::world::{World, print};
@@ -219,6 +220,7 @@ impl Plan {
         require::state_is_ours(&config.state.dir, base.as_ref(), &self.identity)?;
         let Some(found) = slot::read(&self.client, &name).await? else {
             require::free_slot(&self.client, &name).await?;
+            self.require_no_position(world, &name).await?;
             self.steps.push(Step::Slot { name, state, failover: args.failover });
             return Ok(());
         };
@@ -253,27 +255,45 @@ impl Plan {
     /// Where sinks without a position may begin, when nobody knows where the slot began: an adoption must not make a lost sink
     /// look like a new one.
     async fn origin(&self, world: &World, confirmed: Lsn) -> Result<Lsn> {
-        let config = &world.config;
-        let checkpoint = config.checkpoint_topic();
-        let is_new = self.steps.iter().any(|step| matches!(step, Step::Topic { name, .. } if *name == checkpoint));
-        let (mut there, mut lost) = (Vec::new(), None);
-        for name in &config.produce.sinks {
-            match name {
-                SinkName::Kafka if is_new => lost = Some("kafka"),
-                _ => match produce::peek(*name, config, &self.identity, Some(&world.stop)).await? {
-                    (label, None) => lost = Some(label),
-                    (label, Some(_)) => there.push(label),
-                },
-            }
-        }
-        match lost {
-            Some(sink) if !there.is_empty() => {
+        let sinks = self.sinks(world).await?;
+        let there: Vec<_> = sinks.iter().filter(|(_, position)| position.is_some()).map(|(sink, _)| *sink).collect();
+        match sinks.iter().rfind(|(_, position)| position.is_none()) {
+            Some((sink, _)) if !there.is_empty() => {
                 let found =
                     format!("{sink} has no position, {} has, and the slot stands at {confirmed}", there.join(", "));
                 Err(slot::lost_sink(sink, found, confirmed))
             }
             _ => Ok(confirmed),
         }
+    }
+
+    /// A new slot goes on from no position: `produce` would refuse it, and a copy would be made into sinks that have the rows.
+    async fn require_no_position(&self, world: &World, slot: &str) -> Result<()> {
+        let sinks = world.at_start("kafka", || self.sinks(world)).await?;
+        match sinks.into_iter().find_map(|(sink, position)| Some((sink, position?.checkpoint()))) {
+            None => Ok(()),
+            Some((sink, position)) => Err(Error::refused(
+                "sink_position",
+                format!("no slot \"{slot}\", and {sink} stands at {} of one that has gone", position.resume),
+                "for a new slot, sinks without a position: what came since is in no sink, and what is copied now may be in them",
+                ANEW,
+            )),
+        }
+    }
+
+    /// The positions of the configured sinks; a topic that is still to be made has none.
+    async fn sinks(&self, world: &World) -> Result<Vec<(&'static str, Option<Stored>)>> {
+        let config = &world.config;
+        let checkpoint = config.checkpoint_topic();
+        let is_new = self.steps.iter().any(|step| matches!(step, Step::Topic { name, .. } if *name == checkpoint));
+        let mut found = Vec::new();
+        for name in &config.produce.sinks {
+            found.push(match name {
+                SinkName::Kafka if is_new => ("kafka", None),
+                _ => produce::peek(*name, config, &self.identity, Some(&world.stop)).await?,
+            });
+        }
+        Ok(found)
     }
 
     /// Gives the new slot's snapshot, where there is one and it is needed.
