@@ -248,7 +248,8 @@ fn client(config: &Config, until_end: bool) -> ClientConfig {
     client
 }
 
-/// Notes what the group assigns; the reader assigns it once it knows the places to read from.
+/// Notes what the group assigns; the reader assigns it once it knows the places to read from. Nothing has no place, and is
+/// assigned at once.
 #[derive(Default)]
 struct Rebalances {
     change: Mutex<Option<Vec<i32>>>,
@@ -264,6 +265,13 @@ impl ConsumerContext for Rebalances {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, event: RDKafkaRespErr, list: &mut TopicPartitionList) {
         metrics::counter!("falaj_consume_redis_rebalances_total").increment(1);
         if event == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS {
+            // librdkafka waits for an assignment of nothing too, and until then answers no later rebalance: the whole group
+            // would wait for this member.
+            if list.count() == 0
+                && let Err(e) = consumer.assign(list)
+            {
+                warn!(error = %e, "taking no partition from the group");
+            }
             self.note(list.elements().iter().map(|e| e.partition()).collect());
         } else {
             self.note(Vec::new());

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use falaj::config::{Config, Kafka};
+use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use redis::Commands;
 use serde_json::Value;
@@ -60,6 +61,14 @@ impl Rig {
         let (kafka, topic) = (&self.config.kafka, self.topic());
         block_on(falaj::kafka::create_topic(kafka, &topic, 3, &[])).unwrap();
         eventually("the topic is there", || falaj::kafka::partitions(kafka, &topic).is_ok_and(|n| n == Some(3)));
+    }
+
+    /// How many instances the board's group has; `None` while it shares the partitions out, or is not known yet.
+    fn members(&self) -> Option<usize> {
+        let consumer: BaseConsumer = falaj::kafka::client(&self.config.kafka).create().unwrap();
+        let name = format!("{}.redis", self.config.pipeline);
+        let groups = consumer.fetch_group_list(Some(&name), DEADLINE).ok()?;
+        groups.groups().iter().find(|group| group.state() == "Stable").map(|group| group.members().len())
     }
 
     /// One committed Kafka transaction.

@@ -79,6 +79,22 @@ fn instances_come_and_go_under_load_and_the_count_is_exact() {
     rig.assert_board();
 }
 
+/// Two instances of five have no partition: they must follow the group as the others do, or nobody takes over.
+#[test]
+fn an_instance_without_a_partition_takes_over() {
+    let (mut rig, mut load) = (Rig::new("spare"), Load::new(10));
+    rig.write(&load.events(200));
+    let mut running: Vec<Running> = (0..5).map(|_| rig.consume()).collect();
+    let last = running.pop().unwrap();
+    eventually("all are in the group", || rig.members() == Some(5));
+    running.pop().unwrap().kill();
+    eventually("the group goes on without the one that died", || rig.members() == Some(4));
+    running.into_iter().for_each(Running::kill);
+    rig.write(&load.events(200));
+    eventually("the last one has taken over", || rig.board_is_right());
+    assert_eq!(last.terminate(), Some(0));
+}
+
 #[test]
 fn sigkill_at_random_moments_loses_and_doubles_nothing() {
     let seed = u64::from(std::process::id());
