@@ -186,16 +186,24 @@ impl Input {
         (0..count as i32).map(|p| Ok((p, self.watermarks(p)?.1))).collect()
     }
 
-    /// Where these partitions stand, and where the records committed since `since_millis` (milliseconds since 1970)
-    /// begin. Blocking.
+    /// Where those of these partitions that are there stand, and where the records committed since `since_millis`
+    /// (milliseconds since 1970) begin. A topic that was made anew may have fewer partitions than the group has shared out:
+    /// to wait for the others would keep this member from the news. Blocking.
     ///
     /// # Errors
     /// [`Error::Unreachable`].
     pub fn places(&self, partitions: &[i32], since_millis: i64) -> Result<BTreeMap<i32, Place>> {
+        let topics = kafka::topics_of(&self.kafka, self.consumer.client(), TIMEOUT)?;
+        let Some(&count) = topics.get(&self.topic) else {
+            return Err(Error::unreachable(
+                format!("Kafka at {}", self.kafka.servers()),
+                format!("no topic {}", self.topic),
+            ));
+        };
         // The end is asked for first: what is written after that lies behind it and will be read.
         let mut places = BTreeMap::new();
         let mut times = TopicPartitionList::new();
-        for &partition in partitions {
+        for &partition in partitions.iter().filter(|partition| (**partition as usize) < count) {
             let (first, end) = self.watermarks(partition)?;
             places.insert(partition, Place { first, end, needed: end });
             times

@@ -72,6 +72,7 @@ pub async fn run(world: &World, args: &Consume) -> Result<()> {
         input,
         topic_id: String::new(),
         generation: String::new(),
+        given: Vec::new(),
         parts: BTreeMap::new(),
         others: BTreeMap::new(),
         until: args.until_end.then_some(ends),
@@ -95,7 +96,9 @@ struct Reader {
     input: Arc<Input>,
     topic_id: String,
     generation: String,
-    /// The partitions that are ours.
+    /// The partitions that the group has given us …
+    given: Vec<i32>,
+    /// … and those of them that the topic has: these are read.
     parts: BTreeMap<i32, Part>,
     /// Stored offsets of all partitions, as of the last comparison.
     others: BTreeMap<i32, i64>,
@@ -126,12 +129,13 @@ impl Reader {
         let mut compared = Instant::now();
         while !self.world.stop.is_cancelled() {
             if let Some(partitions) = self.input.reassigned() {
-                self.find_places(&partitions)?;
+                self.given = partitions;
+                self.find_places()?;
             }
             let found = self.gather()?;
             let in_step = self.apply()? == Applied::Yes;
             if found == Found::Lost || !in_step {
-                self.find_places_again()?;
+                self.find_places()?;
             }
             if compared.elapsed() >= COMPARE_EVERY {
                 self.compare()?;
@@ -147,14 +151,14 @@ impl Reader {
         Ok(())
     }
 
-    /// Reads these partitions from where Redis stands, or from where the window begins.
-    fn find_places(&mut self, partitions: &[i32]) -> Result<()> {
+    /// Reads our partitions from where Redis stands, or from where the window begins.
+    fn find_places(&mut self) -> Result<()> {
         // Anything gathered but not applied is dropped here and read again.
         for partition in std::mem::take(&mut self.parts).into_keys() {
             lag_gauge(partition).set(0.0);
         }
-        metrics::gauge!("falaj_consume_redis_partitions").set(partitions.len() as f64);
-        if partitions.is_empty() {
+        metrics::gauge!("falaj_consume_redis_partitions").set(self.given.len() as f64);
+        if self.given.is_empty() {
             return Ok(());
         }
         self.topic_id = self.kafka(Input::topic_id)?;
@@ -168,7 +172,7 @@ impl Reader {
         }
         // Redis is asked first, so that its offsets cannot have passed the ends by honest reading.
         let since = (jiff::Timestamp::now().as_second() - NEEDED_SECONDS) * 1000;
-        let places = self.kafka(|input| input.places(partitions, since))?;
+        let places = self.kafka(|input| input.places(&self.given, since))?;
         let beyond = places.iter().any(|(p, place)| claim.offsets.get(p).is_some_and(|stored| *stored > place.end));
         if beyond {
             error!(topic = self.input.topic(), stored = ?claim.offsets, found = ?places,
@@ -183,11 +187,6 @@ impl Reader {
         }
         self.others = claim.offsets;
         self.input.assign(self.parts.iter().map(|(p, part)| (*p, part.next)))
-    }
-
-    fn find_places_again(&mut self) -> Result<()> {
-        let partitions: Vec<i32> = self.parts.keys().copied().collect();
-        self.find_places(&partitions)
     }
 
     /// Adds up what is waiting, in batches by partition.
@@ -280,7 +279,7 @@ impl Reader {
             return Ok(());
         }
         info!("Redis stands elsewhere; reading on from there");
-        self.find_places_again()
+        self.find_places()
     }
 
     /// The client connects again by itself and says so for each of its connections: one line is enough.
@@ -312,7 +311,8 @@ impl Reader {
                 lag_gauge(partition).set((end - part.next).max(0) as f64);
             }
         }
-        if self.parts.is_empty() || answer.topic_id == self.topic_id { Ok(()) } else { self.find_places_again() }
+        let same = answer.topic_id == self.topic_id && self.parts.len() == self.given.len();
+        if self.given.is_empty() || same { Ok(()) } else { self.find_places() }
     }
 
     fn at_end(&self) -> bool {

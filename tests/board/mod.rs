@@ -49,7 +49,7 @@ impl Rig {
         .into();
         let config = Config::load(None, env.clone()).unwrap();
         let rig = Self { config, env, producer: None, written: Vec::new() };
-        rig.make_topic();
+        rig.make_topic(3);
         rig
     }
 
@@ -57,10 +57,20 @@ impl Rig {
         self.config.topic(TABLE)
     }
 
-    fn make_topic(&self) {
+    fn make_topic(&self, partitions: i32) {
+        let (kafka, topic, count) = (&self.config.kafka, self.topic(), partitions as usize);
+        block_on(falaj::kafka::create_topic(kafka, &topic, partitions, &[])).unwrap();
+        eventually("the topic is there", || falaj::kafka::partitions(kafka, &topic).is_ok_and(|n| n == Some(count)));
+    }
+
+    fn make_topic_anew(&mut self, partitions: i32) {
         let (kafka, topic) = (&self.config.kafka, self.topic());
-        block_on(falaj::kafka::create_topic(kafka, &topic, 3, &[])).unwrap();
-        eventually("the topic is there", || falaj::kafka::partitions(kafka, &topic).is_ok_and(|n| n == Some(3)));
+        let admin = falaj::kafka::admin(kafka).unwrap();
+        block_on(admin.delete_topics(&[&topic], &rdkafka::admin::AdminOptions::new())).unwrap();
+        eventually("the topic is gone", || falaj::kafka::partitions(kafka, &topic).is_ok_and(|n| n.is_none()));
+        self.make_topic(partitions);
+        self.producer = None;
+        self.written.clear();
     }
 
     /// How many instances the board's group has; `None` while it shares the partitions out, or is not known yet.

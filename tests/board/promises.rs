@@ -161,16 +161,22 @@ fn a_topic_made_anew_begins_a_new_board() {
     rig.write(&load.events(500));
     rig.consume_until_end();
     rig.assert_board();
-    let topic = rig.topic();
-    let admin = falaj::kafka::admin(&rig.config.kafka).unwrap();
-    block_on(admin.delete_topics(&[&topic], &rdkafka::admin::AdminOptions::new())).unwrap();
-    eventually("the topic is gone", || falaj::kafka::partitions(&rig.config.kafka, &topic).is_ok_and(|n| n.is_none()));
-    rig.make_topic();
-    rig.producer = None;
-    rig.written.clear();
+    rig.make_topic_anew(3);
     rig.write(&load.events(700));
     rig.consume_until_end();
     rig.assert_board();
+}
+
+#[test]
+fn a_topic_made_anew_with_fewer_partitions_is_read_without_a_restart() {
+    let (mut rig, mut load) = (Rig::new("fewer"), Load::new(11));
+    rig.write(&load.events(500));
+    let running = rig.consume();
+    eventually("the board is right", || rig.board_is_right());
+    rig.make_topic_anew(1);
+    rig.write(&load.events(700));
+    eventually("the board is that of the new topic", || rig.board_is_right());
+    assert_eq!(running.terminate(), Some(0));
 }
 
 /// A Redis of the test's own, to be filled, stopped and misconfigured.
