@@ -56,11 +56,15 @@ pub async fn run(world: &World, args: &cli::Generate) -> Result<()> {
     if args.rate == Some(0) {
         return Err(Error::Usage("--rate 0: a rate is 1 or more rows a second; leave it out for full speed".into()));
     }
-    let mut lanes = match Lanes::open(world, lanes(args)).await {
-        Ok(lanes) => lanes,
+    let opened = async {
+        let mut lanes = Lanes::open(world, lanes(args)).await?;
+        let subjects = lanes.stock(&model::stock(args.seed), Timestamp::now().as_microsecond()).await?;
+        Ok((lanes, subjects))
+    };
+    let (mut lanes, subjects) = match opened.await {
+        Ok(opened) => opened,
         Err(e) => return world.ended(Err(e)),
     };
-    let subjects = lanes.stock(&model::stock(args.seed), Timestamp::now().as_microsecond()).await?;
     let pace = pace(args.rate, args.count);
     let mut model = Model::new(args.seed, pace, subjects);
     let mut load = Load::new(args, pace, Timestamp::now().as_microsecond());

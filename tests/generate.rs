@@ -5,6 +5,10 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::{Client, Config, NoTls};
 
+use crate::rig::POSTGRES;
+use crate::rig::process::Falaj;
+use crate::rig::stack::Stack;
+
 /// A database of its own for one test, with the tables of sql/.
 struct Database {
     client: Client,
@@ -13,9 +17,12 @@ struct Database {
 
 impl Database {
     async fn with_tables(name: &str) -> Self {
-        let database = Self::empty(name).await;
-        database.client.batch_execute(include_str!("../sql/01_tables.sql")).await.unwrap();
-        database
+        Self::empty(name).await.and_tables().await
+    }
+
+    async fn and_tables(self) -> Self {
+        self.client.batch_execute(include_str!("../sql/01_tables.sql")).await.unwrap();
+        self
     }
 
     /// The same database under another role; the stack's Postgres trusts whoever comes.
@@ -24,8 +31,12 @@ impl Database {
     }
 
     async fn empty(name: &str) -> Self {
-        let url = std::env::var("FALAJ_POSTGRES__URL")
+        let url = std::env::var(POSTGRES)
             .expect("FALAJ_POSTGRES__URL is not set; start servers with dev/stack up and eval \"$(dev/stack env)\"");
+        Self::empty_on(&url, name).await
+    }
+
+    async fn empty_on(url: &str, name: &str) -> Self {
         let mut config: Config = url.parse().unwrap();
         let admin = connect(&config).await;
         admin.batch_execute(&format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).await.unwrap();
@@ -219,6 +230,23 @@ async fn sigterm_ends_with_a_summary_of_what_is_in_the_table() {
     let kill = Command::new("kill").arg(child.id().to_string()).status().unwrap();
     assert!(kill.success());
     assert_eq!(finish(child).get("rows") as i64, database.rows().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_while_postgres_is_away_ends_with_a_summary_too() {
+    let stack = Stack::up("away", &["postgres"]);
+    let url = stack.addresses()[POSTGRES].clone();
+    let mut database = Database::empty_on(&url, "generate_away").await.and_tables().await;
+    let (dir, env) = (tempfile::tempdir().unwrap(), [(POSTGRES.to_owned(), database.url.clone())].into());
+    let mut load = Falaj::start(&["generate", "--rate", "1000"], &env, dir.path());
+    wait_until("some rows are in", async || database.rows().await > 300).await;
+    stack.call(&["stop", "postgres"]);
+    load.says("trying again").await;
+    load.signal("-TERM");
+    let summary = Summary(load.ends_well().await);
+    stack.call(&["up", "postgres"]);
+    database.client = connect(&database.url.parse().unwrap()).await;
+    assert_eq!(summary.get("rows") as i64, database.rows().await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

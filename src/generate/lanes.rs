@@ -10,8 +10,10 @@ use crate::world::World;
 
 /// Writers, each with a connection of its own.
 pub struct Lanes {
+    world: World,
     idle: Vec<Writer>,
-    busy: JoinSet<Result<(Writer, Transaction)>>,
+    /// A transaction that is given up, because Postgres is away at a shutdown, ends as `None`.
+    busy: JoinSet<Result<(Writer, Option<Transaction>)>>,
 }
 
 impl Lanes {
@@ -24,7 +26,7 @@ impl Lanes {
         for _ in 0..lanes {
             idle.push(Writer::open(world).await?);
         }
-        Ok(Self { idle, busy: JoinSet::new() })
+        Ok(Self { world: world.clone(), idle, busy: JoinSet::new() })
     }
 
     /// Inserts the contents that are absent and returns all that are there, oldest first.
@@ -52,9 +54,12 @@ impl Lanes {
             ended.extend(self.one().await?);
         }
         if let Some(mut writer) = self.idle.pop() {
+            let world = self.world.clone();
             self.busy.spawn(async move {
-                writer.write(&transaction, start).await?;
-                Ok((writer, transaction))
+                match writer.write(&transaction, start).await {
+                    Ok(()) => Ok((writer, Some(transaction))),
+                    Err(e) => world.ended(Err(e)).map(|()| (writer, None)),
+                }
             });
         }
         if alone {
@@ -79,6 +84,6 @@ impl Lanes {
         let Some(joined) = self.busy.join_next().await else { return Ok(None) };
         let (writer, transaction) = joined.map_err(|e| Error::fatal("writing the load", e))??;
         self.idle.push(writer);
-        Ok(Some(transaction))
+        Ok(transaction)
     }
 }
