@@ -115,7 +115,7 @@ pub fn error(config: &Kafka, e: &KafkaError) -> Error {
             "kafka_rights",
             e.to_string(),
             "an account that may read, write and use transactions",
-            "mend sasl.* under [kafka], or grant the rights (docs/guarantees.md)",
+            "mend sasl.* under [kafka], or grant the rights (docs/operations.md)",
         ),
         Some(Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch) => Error::Fenced(e.to_string()),
         _ => Error::unreachable(format!("Kafka at {}", config.servers()), e),
