@@ -320,6 +320,27 @@ async fn records_that_kafka_deleted_while_the_peer_was_away_are_told_too() {
     assert!(log.contains("from=30 begin=40"), "{log}");
 }
 
+/// A running member commits past the mark of the last transaction: once retention has deleted that too, nothing was lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mark_that_kafka_deleted_behind_the_last_event_is_no_loss() {
+    let mut stage = Stage::new("mark", 1, Faults::default()).await;
+    stage.send_events(0..10, 2, 1).await;
+    let process = stage.consume(&[]);
+    until("the mark is committed", async || stage.committed(1).await == [Some(11)]).await;
+    process.terminate();
+    process.ends_well().await;
+    stage.delete_records_below(11).await;
+    stage.serve_http();
+    let process = stage.consume(&[]);
+    stage.send_events(10..20, 2, 1).await;
+    until("all is committed", async || stage.committed(1).await == [Some(22)]).await;
+    assert_eq!(stage.metric("falaj_external_expired_records_total").await, None);
+    process.terminate();
+    let (code, log) = process.end().await;
+    assert!(code == Some(0) && !log.contains("deleted records"), "{log}");
+    assert_eq!(stage.peer.mock.received().counts(), Counts { unique: 20, requests: 20, duplicates: 0, conflicts: 0 });
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_at_the_address_for_thirty_seconds_is_69() {
     let stage = Stage::new("nobody", 1, Faults::default()).await;

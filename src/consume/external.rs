@@ -120,8 +120,11 @@ impl Outlet<'_> {
                 self.answered();
             }
             Next::End(partition) => {
-                if let Some(end) = self.ends.as_ref().and_then(|ends| ends.get(&partition)) {
-                    self.group.ledger().lock().reached(partition, *end);
+                // Behind the last event stands the mark of its transaction, which is passed as well: once retention has
+                // deleted that too, the log begins where nothing is missing.
+                let end = self.ends.as_ref().and_then(|ends| ends.get(&partition).copied());
+                if let Some(read) = end.max(self.group.passed(partition)) {
+                    self.group.ledger().lock().reached(partition, read);
                 }
                 self.answered();
             }

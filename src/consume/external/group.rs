@@ -119,6 +119,15 @@ impl Group {
         }
     }
 
+    /// The offset behind everything that [`Group::next`] has handed out of a partition, marks of transactions included.
+    pub fn passed(&self, partition: i32) -> Option<i64> {
+        let positions = self.consumer.position().ok()?;
+        match positions.find_partition(&self.topic, partition)?.offset() {
+            Offset::Offset(offset) => Some(offset),
+            _ => None,
+        }
+    }
+
     /// Pauses what is full, reads what has room (again).
     ///
     /// # Errors
@@ -208,9 +217,9 @@ impl Group {
 
     /// Whether the group has committed that every event below these ends is done, whoever owns the partitions.
     ///
-    /// A member that goes on commits up to its last event, not past the marks of transactions behind it. So where another
-    /// member's offset is too low, a look at the partition tells whether an event is left. An offset of our own that is too
-    /// low, as after a commit in the middle of a rebalance, is committed again.
+    /// A member that has not come to the end commits up to its last event, not past the marks of transactions behind it. So
+    /// where another member's offset is too low, a look at the partition tells whether an event is left. An offset of our
+    /// own that is too low, as after a commit in the middle of a rebalance, is committed again.
     ///
     /// # Errors
     /// [`Error::Unreachable`] when no broker answers in time, [`Error::Fatal`] on an internal failure.

@@ -139,8 +139,7 @@ impl Ledger {
         }
     }
 
-    /// All records there are have been read, at least up to `end`: between the last one and `end` stand only marks of
-    /// transactions.
+    /// All records below `end` have been read: between the last one and `end` stand only marks of transactions.
     pub fn reached(&mut self, partition: i32, end: i64) {
         if let Some(partition) = self.partitions.get_mut(&partition) {
             partition.read = partition.read.max(Some(end));
