@@ -113,11 +113,12 @@ fn starting(config: &Config, verb: &Verb) -> Vec<&'static str> {
     match verb {
         Verb::Produce(_) => produce.to_vec(),
         Verb::Upload(_) => upload.to_vec(),
-        Verb::Consume(args) => match args.sinks.as_deref() {
-            Some([Outlet::Redis]) => redis.to_vec(),
-            Some([Outlet::External]) => external.to_vec(),
-            _ => [&redis[..], &external].concat(),
-        },
+        Verb::Consume(args) => {
+            let feeds = |outlet| args.sinks.as_ref().is_none_or(|sinks| sinks.contains(&outlet));
+            let redis = if feeds(Outlet::Redis) { &redis[..] } else { &[] };
+            let external = if feeds(Outlet::External) { &external[..] } else { &[] };
+            [redis, external].concat()
+        }
         Verb::Run => [&produce[..], &redis, &external, upload].concat(),
         _ => Vec::new(),
     }
@@ -171,4 +172,20 @@ fn log_to_stderr() {
         .with_ansi(terminal)
         .with_target(false)
         .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sink_that_is_named_twice_waits_for_no_other() {
+        let config = Config::load(None, []).unwrap();
+        let checks = |sinks: &[&str]| starting(&config, &Cli::parse_from([&["falaj", "consume"], sinks].concat()).verb);
+        assert_eq!(checks(&["--sinks", "redis,redis"]), ["redis", "kafka_board"]);
+        assert_eq!(checks(&["--sinks", "external,external"]), ["kafka_external"]);
+        let both = ["redis", "kafka_board", "kafka_external"];
+        assert_eq!(checks(&["--sinks", "external,redis"]), both);
+        assert_eq!(checks(&[]), both);
+    }
 }
