@@ -46,6 +46,13 @@ impl Health {
         self.set(check, Some(why.to_string()));
     }
 
+    /// A check that has failed passes again, because nobody tries any more; one that nobody has tried stays unknown.
+    pub fn mend(&self, check: &'static str) {
+        if let Some(state) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get_mut(check) {
+            *state = None;
+        }
+    }
+
     /// Every check with its reason for failing, `None` where it passes.
     pub fn report(&self) -> BTreeMap<&'static str, Option<String>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()

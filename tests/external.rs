@@ -10,6 +10,7 @@ use serde_json::json;
 use stage::{Stage, event, id, until};
 
 use crate::rig::kafka;
+use crate::rig::stack::Stack;
 
 /// The stored events of one key, in the order of their storing.
 fn of_key(ids: &[String], key: u64, keys: u64, count: u64) -> Vec<String> {
@@ -339,6 +340,48 @@ async fn a_mark_that_kafka_deleted_behind_the_last_event_is_no_loss() {
     let (code, log) = process.end().await;
     assert!(code == Some(0) && !log.contains("deleted records"), "{log}");
     assert_eq!(stage.peer.mock.received().counts(), Counts { unique: 20, requests: 20, duplicates: 0, conflicts: 0 });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_on_a_quiet_topic_is_ready_again_once_kafka_is_back() {
+    let stack = Stack::up("quiet", &["kafka"]);
+    let mut stage = Stage::on(&stack, "quiet", 1, Faults::default()).await;
+    // The broker is missed soon, and for less time than the group takes a member for dead: nothing is read anew.
+    stage.set("FALAJ_KAFKA__SOCKET_TIMEOUT_MS", "1000");
+    stage.set("FALAJ_KAFKA__SESSION_TIMEOUT_MS", "60000");
+    stage.send_events(0..10, 2, 1).await;
+    let http = stage.serve_http();
+    let process = stage.consume(&[]);
+    until("it is ready", async || http.is_ready().await).await;
+    until("the topic is quiet", async || stage.committed(1).await == stage.ends(1).await).await;
+    stack.signal("kafka", "-STOP");
+    until("Kafka is missed", async || http.lacks("kafka_external").await).await;
+    stack.signal("kafka", "-CONT");
+    until("it is ready again", async || http.is_ready().await).await;
+    process.terminate();
+    process.ends_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_has_lost_its_partitions_does_not_answer_for_the_outside_system() {
+    let mut stage = Stage::new("spare", 1, Faults::default()).await;
+    stage.peer.mock.faults().everything(Some(Fault::status(503)));
+    stage.send_events(0..20, 20, 1).await;
+    let first_http = stage.serve_http();
+    let first = stage.consume(&[]);
+    until("the first one is refused", async || first_http.lacks("external").await).await;
+    // The group takes it for dead.
+    first.signal("-STOP");
+    let second_http = stage.serve_http();
+    let second = stage.consume(&[]);
+    until("the second one is refused", async || second_http.lacks("external").await).await;
+    first.signal("-CONT");
+    until("the first one is ready", async || first_http.is_ready().await).await;
+    assert!(second_http.lacks("external").await);
+    for process in [first, second] {
+        process.terminate();
+        process.ends_well().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

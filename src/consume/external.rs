@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use metrics::{counter, gauge, histogram};
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
 use tracing::{info, warn};
 
@@ -68,7 +68,7 @@ async fn start<'a>(world: &'a World, args: &cli::Consume) -> Result<Outlet<'a>> 
         false => None,
     };
     info!(topic = group.topic(), url = sender.peer.shown_url(), "delivering");
-    Ok(Outlet { world, group, sender: Arc::new(sender), tasks: JoinSet::new(), ends, troubled: false })
+    Ok(Outlet { world, group, sender: Arc::new(sender), tasks: JoinSet::new(), ends, troubled: false, asked: None })
 }
 
 /// The read loop with everything it holds.
@@ -81,6 +81,8 @@ struct Outlet<'a> {
     ends: Option<BTreeMap<i32, i64>>,
     /// Kafka has not answered since.
     troubled: bool,
+    /// The question whether it answers again, under way.
+    asked: Option<JoinHandle<Result<BTreeMap<i32, i64>>>>,
 }
 
 impl Outlet<'_> {
@@ -95,6 +97,10 @@ impl Outlet<'_> {
                 Some(sent) = self.tasks.join_next() => self.note(sent)?,
                 _ = tick.tick() => {
                     self.group.commit();
+                    self.ask().await;
+                    if self.group.ledger().lock().owns_nothing() {
+                        self.sender.rest();
+                    }
                     if self.at_end().await? { break }
                 }
             }
@@ -141,8 +147,22 @@ impl Outlet<'_> {
     fn answered(&mut self) {
         self.world.health.ok(group::CHECK);
         if std::mem::take(&mut self.troubled) {
+            self.asked = None;
             info!("Kafka answers again");
         }
+    }
+
+    /// A quiet topic brings nothing that shows that Kafka answers again: it is asked, beside the reading.
+    async fn ask(&mut self) {
+        if !self.troubled {
+            return;
+        }
+        if let Some(asked) = self.asked.take_if(|asked| asked.is_finished())
+            && matches!(asked.await, Ok(Ok(_)))
+        {
+            return self.answered();
+        }
+        self.asked.get_or_insert_with(|| tokio::spawn(self.group.ends()));
     }
 
     fn admit(&self, record: Record) {
@@ -218,6 +238,12 @@ impl Sender {
             () = job.revoked.cancelled() => Ok(false),
         };
         Sent { job, finished }
+    }
+
+    /// Nothing is to be sent by this process; what has failed is for others to tell.
+    fn rest(&self) {
+        self.peer.rest();
+        self.world.health.mend("dead_letter");
     }
 
     async fn finish(&self, record: &Record) -> Result<bool> {

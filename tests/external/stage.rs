@@ -11,10 +11,13 @@ use falaj::mock_external::{Faults, Mock, serve};
 use rdkafka::admin::AdminOptions;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
+use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+
+use crate::rig::stack::Stack;
 
 /// No condition of these tests may take longer.
 pub const DEADLINE: Duration = Duration::from_secs(90);
@@ -33,6 +36,27 @@ pub struct Peer {
     pub mock: Mock,
     pub address: SocketAddr,
     stop: CancellationToken,
+}
+
+/// Where one process serves HTTP.
+pub struct Http(SocketAddr);
+
+impl Http {
+    /// The checks that fail in `/readyz`; `None` while nothing answers.
+    pub async fn failing(&self) -> Option<Vec<String>> {
+        let text = reqwest::get(format!("http://{}/readyz", self.0)).await.ok()?.text().await.ok()?;
+        let answer: Value = serde_json::from_str(&text).unwrap();
+        Some(answer["failing"].as_object().unwrap().keys().cloned().collect())
+    }
+
+    pub async fn is_ready(&self) -> bool {
+        self.failing().await.is_some_and(|failing| failing.is_empty())
+    }
+
+    /// Whether this check is the only one that fails.
+    pub async fn lacks(&self, check: &str) -> bool {
+        self.failing().await.is_some_and(|failing| failing == [check])
+    }
 }
 
 impl Peer {
@@ -67,17 +91,29 @@ impl Peer {
 
 impl Stage {
     pub async fn new(name: &str, partitions: i32, faults: Faults) -> Self {
-        let stage = Self::bare(name, faults).await;
-        for topic in [stage.topic(), stage.config.dead_letter_topic()] {
-            kafka::create_topic(&stage.config.kafka, &topic, partitions, &[]).await.unwrap();
+        Self::bare(name, faults).await.with_topics(partitions).await
+    }
+
+    async fn with_topics(self, partitions: i32) -> Self {
+        for topic in [self.topic(), self.config.dead_letter_topic()] {
+            kafka::create_topic(&self.config.kafka, &topic, partitions, &[]).await.unwrap();
         }
-        stage
+        self
     }
 
     /// Without any topic.
     pub async fn bare(name: &str, faults: Faults) -> Self {
         let servers = std::env::var(KAFKA)
             .unwrap_or_else(|_| panic!("{KAFKA} is not set: dev/stack up kafka; eval \"$(dev/stack env)\""));
+        Self::bare_on(servers, name, faults).await
+    }
+
+    /// On a Kafka of the test's own.
+    pub async fn on(stack: &Stack, name: &str, partitions: i32, faults: Faults) -> Self {
+        Self::bare_on(stack.addresses()[KAFKA].clone(), name, faults).await.with_topics(partitions).await
+    }
+
+    async fn bare_on(servers: String, name: &str, faults: Faults) -> Self {
         let nanos = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos();
         let peer = Peer::start(faults).await;
         let env = BTreeMap::from([
@@ -93,10 +129,11 @@ impl Stage {
         self.env.insert(key.to_owned(), value.to_owned());
     }
 
-    /// Processes serve HTTP, on a port that is free now; one at a time.
-    pub fn serve_http(&mut self) {
+    /// The next process serves HTTP, on a port that is free now, which is returned.
+    pub fn serve_http(&mut self) -> Http {
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         self.set(LISTEN, &free.to_string());
+        Http(free)
     }
 
     /// A metric without labels; `None` while it is not served.
@@ -161,7 +198,13 @@ impl Stage {
             let consumer: BaseConsumer = client.create().unwrap();
             let mut list = TopicPartitionList::new();
             list.add_partition_range(&topic, 0, partitions - 1);
-            let found = consumer.committed_offsets(list, DEADLINE).unwrap();
+            let found = match consumer.committed_offsets(list, DEADLINE) {
+                // A broker that has just started.
+                Err(e) if e.rdkafka_error_code() == Some(RDKafkaErrorCode::NotCoordinator) => {
+                    return vec![None; partitions as usize];
+                }
+                found => found.unwrap(),
+            };
             let offset = |offset| if let Offset::Offset(n) = offset { Some(n) } else { None };
             found.elements().into_iter().map(|e| offset(e.offset())).collect()
         };
@@ -239,7 +282,11 @@ impl Process {
     }
 
     pub fn terminate(&self) {
-        let sent = Command::new("kill").args(["-TERM", &self.0.id().to_string()]).status().unwrap();
+        self.signal("-TERM");
+    }
+
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([name, &self.0.id().to_string()]).status().unwrap();
         assert!(sent.success());
     }
 

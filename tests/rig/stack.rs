@@ -39,6 +39,12 @@ impl Stack {
         String::from_utf8(out.stdout).unwrap()
     }
 
+    /// Sends a signal to a server.
+    pub fn signal(&self, server: &str, name: &str) {
+        let pid = std::fs::read_to_string(self.dir.join(format!("run/{server}.pid"))).unwrap();
+        assert!(Command::new("kill").args([name, pid.trim()]).status().unwrap().success());
+    }
+
     /// The addresses of its servers.
     pub fn addresses(&self) -> BTreeMap<String, String> {
         let lines = self.call(&["env"]);

@@ -201,7 +201,7 @@ impl Group {
     ///
     /// # Errors
     /// [`Error::Unreachable`] when no broker answers in time, [`Error::Fatal`] on an internal failure.
-    pub async fn ends(&self) -> Result<BTreeMap<i32, i64>> {
+    pub fn ends(&self) -> impl Future<Output = Result<BTreeMap<i32, i64>>> + use<> {
         let (consumer, config, topic) = (self.consumer.clone(), self.config.clone(), self.topic.clone());
         blocking(move || {
             let count = kafka::partitions(&config, &topic)?.unwrap_or_default();
@@ -212,7 +212,6 @@ impl Group {
             };
             (0..i32::try_from(count).unwrap_or(i32::MAX)).map(end).collect()
         })
-        .await
     }
 
     /// Whether the group has committed that every event below these ends is done, whoever owns the partitions.

@@ -221,6 +221,11 @@ impl Ledger {
         roomy.collect()
     }
 
+    /// Whether this process owns no partition.
+    pub fn owns_nothing(&self) -> bool {
+        self.partitions.is_empty()
+    }
+
     /// Records that wait or are under way.
     pub fn unfinished(&self) -> usize {
         self.partitions.values().map(|p| p.unfinished.len()).sum()
