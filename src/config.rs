@@ -295,7 +295,11 @@ impl Config {
             return Err(refused(found, "the keys and types of config/falaj.toml", "mend the key that is named"));
         }
         let config: Self = toml::Value::Table(tree).try_into().map_err(|e: toml::de::Error| {
-            refused(e.message().to_owned(), "the keys and types of config/falaj.toml", "mend the key that is named")
+            refused(
+                e.to_string().trim().replace('\n', " "),
+                "the keys and types of config/falaj.toml",
+                "mend the key that is named",
+            )
         })?;
         config.validate()?;
         Ok(config)
@@ -461,6 +465,18 @@ mod tests {
             std::fs::write(&file, text).unwrap();
             let got = Config::load(Some(&file), env(&[])).unwrap_err().to_string();
             assert!(got.contains(key), "{got}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_does_not_fit_is_told_with_its_key() {
+        for (name, value, key) in [
+            ("FALAJ_ARCHIVE__SEAL_BYTES", "many", "archive.seal_bytes"),
+            ("FALAJ_EXTERNAL__IN_FLIGHT", "-1", "external.in_flight"),
+            ("FALAJ_KAFKA__TOO_LARGE", "x", "kafka.too_large"),
+        ] {
+            let error = Config::load(None, [(name.to_owned(), value.to_owned())]).unwrap_err();
+            assert!(error.to_string().contains(key), "{error}");
         }
     }
 

@@ -36,7 +36,8 @@ pub struct Store {
 pub struct Claim {
     /// Names the current set of counts; a rebuild begins a new one.
     pub generation: String,
-    /// The topic that the board was built from before this call, when that was another one.
+    /// The topic that the board was built from before this call, when that was another one; [`FROM_ARCHIVE`] after a replay, and
+    /// then the offsets count its events.
     pub replaced: Option<String>,
     /// The next offset of each partition that has one.
     pub offsets: BTreeMap<i32, i64>,
@@ -157,13 +158,12 @@ impl Store {
         Ok(Claim { replaced: claim.replaced.filter(|id| id != topic_id), ..claim })
     }
 
-    /// Where the board stands, whatever it was built from. The generation is empty when there is no board.
+    /// Where the board stands, whatever it was built from; that is told. The generation is empty when there is no board.
     ///
     /// # Errors
     /// [`Error::Unreachable`] or [`Error::Refused`].
     pub async fn look(&self) -> Result<Claim> {
-        let claim = self.claim_script("", "").await?;
-        Ok(Claim { replaced: None, ..claim })
+        self.claim_script("", "").await
     }
 
     async fn claim_script(&self, topic_id: &str, give_up: &str) -> Result<Claim> {

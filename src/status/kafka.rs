@@ -11,7 +11,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use serde::Serialize;
 
 use crate::config::Config;
-use crate::consume::redis::Store;
+use crate::consume::redis::{Claim, FROM_ARCHIVE, Store};
 use crate::error::{Error, Result};
 use crate::kafka;
 
@@ -46,7 +46,12 @@ pub struct ReaderAt {
 
 /// What feeds the board: the offsets lie in Redis, beside the counts.
 pub(super) async fn board(config: &Arc<Config>) -> Result<Reader> {
-    let offsets = Store::new(config)?.look().await?.offsets;
+    let Claim { offsets, replaced, .. } = Store::new(config)?.look().await?;
+    if replaced.as_deref() == Some(FROM_ARCHIVE) {
+        return Err(Error::Fatal(
+            "falaj replay has rebuilt it from the archive; falaj consume goes on from Kafka".into(),
+        ));
+    }
     // Asked for later, so that no reader is ahead of the end.
     let ends = ask(config, |consumer, topic| ends(&consumer, topic, &partitions(&consumer, topic)?)).await?;
     Ok(reader(config, &offsets, ends))

@@ -96,12 +96,28 @@ pub async fn pending_history(world: &World) -> Result<BTreeMap<String, usize>> {
     let target = BigQuery::new(&world.config.bigquery, project).await?.target();
     let records = Records::open(&world.config.archive.dir, &target)?;
     let mut pending = BTreeMap::new();
-    for (table, Sealed { history, .. }) in sealed(&world.config.archive.dir)? {
+    let dir = world.config.archive.dir.clone();
+    let history = tokio::task::spawn_blocking(move || history_files(&dir)).await;
+    for (table, files) in history.map_err(|e| Error::fatal("listing the archive", e))?? {
         let loaded = records.history(&table);
-        let left = history.iter().filter(|(batch, file)| !loaded.has(batch, file)).count();
-        pending.insert(table, left);
+        pending.insert(table, files.iter().filter(|(batch, file)| !loaded.has(batch, file)).count());
     }
     Ok(pending)
+}
+
+/// What backfills have copied, by table. Of an archive's many batches only these are opened.
+fn history_files(dir: &Path) -> Result<BTreeMap<String, TableFiles>> {
+    let mut tables: BTreeMap<String, TableFiles> = BTreeMap::new();
+    for batch in archive::list(dir)?.into_iter().filter(Batch::is_history) {
+        match batch.files() {
+            // Retention has removed it since.
+            Err(_) if !batch.path.exists() => {}
+            files => files?.into_iter().for_each(|file| {
+                tables.entry(file.table.clone()).or_default().push((batch.clone(), file));
+            }),
+        }
+    }
+    Ok(tables)
 }
 
 async fn work(world: &World, args: &cli::Upload, project: &str) -> Result<()> {

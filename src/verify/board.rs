@@ -10,7 +10,7 @@ use super::report::{BoardReport, MOST_NAMED};
 use crate::config::Config;
 use crate::consume::batch::{FUTURE_SECONDS, LATE_SECONDS, WINDOW_BUCKETS, bucket_of};
 use crate::consume::event::{self, Event};
-use crate::consume::redis::{Claim, Rows, Store, nullable};
+use crate::consume::redis::{Claim, FROM_ARCHIVE, Rows, Store, nullable};
 use crate::error::{Error, Result};
 use crate::kafka;
 use crate::world::World;
@@ -51,6 +51,11 @@ pub(super) async fn compare(world: &World) -> Result<Result<BoardReport, String>
     };
     if claim.generation.is_empty() || claim.offsets.is_empty() {
         return Ok(Err("board: there is none (falaj consume has not run)".to_owned()));
+    }
+    if claim.replaced.as_deref() == Some(FROM_ARCHIVE) {
+        return Ok(Err(
+            "board: falaj replay has rebuilt it from the archive, and falaj consume has not taken it over".to_owned()
+        ));
     }
     let (config, stop) = (Arc::clone(&world.config), world.stop.clone());
     let counted = tokio::task::spawn_blocking(move || recount(&config, &stop, &claim, first, last)).await;

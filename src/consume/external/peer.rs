@@ -65,13 +65,9 @@ impl Peer {
         Ok(Self { http, url, turns, acceptance, answered: AtomicBool::new(false), stop: world.stop.clone() })
     }
 
-    /// The address without credentials, for messages.
+    /// The address for messages, as [`shown`].
     pub fn shown_url(&self) -> String {
-        let mut url = self.url.clone();
-        // Both fail only for addresses that cannot hold credentials in the first place.
-        let _ = url.set_username("");
-        let _ = url.set_password(None);
-        url.into()
+        shown(&self.url)
     }
 
     /// Waits until something accepts connections at the address. Behind an HTTP proxy that says nothing and is left out.
@@ -244,6 +240,16 @@ fn client(config: &External, tls: bool) -> Result<Client> {
     builder.build().map_err(|e| Error::fatal("preparing the HTTP client", e))
 }
 
+/// The address without credentials; what follows `?` may be one.
+fn shown(url: &Url) -> String {
+    let mut url = url.clone();
+    url.set_query(None);
+    // Both fail only for addresses that cannot hold credentials in the first place.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    url.into()
+}
+
 fn parse_url(text: &str) -> Result<Url> {
     let bad = |why: String| {
         // It may hold a password.
@@ -305,6 +311,12 @@ fn no_answer(error: &reqwest::Error) -> Verdict {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_is_shown_without_what_may_be_secret() {
+        let url = parse_url("http://user:S3CRET@h:1/events?token=S3CRET").unwrap();
+        assert_eq!(shown(&url), "http://h:1/events");
+    }
 
     #[test]
     fn an_address_that_is_none_is_refused() {
