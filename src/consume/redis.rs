@@ -1,7 +1,7 @@
 //! The board's Redis: connection, requirements, and the three scripts. Nothing outside this file knows the client.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, Cmd, FromRedisValue, RedisError, Script};
@@ -19,6 +19,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 pub const FROM_ARCHIVE: &str = "archive";
 /// The scripts need `#!lua` lines, ZUNION and EXPIREAT GT.
 const LEAST_VERSION: u32 = 7;
+/// How far Redis's clock may be ahead: it lets the counts expire, two minutes after they leave the window.
+const AHEAD: Duration = Duration::from_secs(60);
 
 /// The board of one pipeline in Redis. Connects when needed; every call may be repeated.
 pub struct Store {
@@ -143,6 +145,16 @@ impl Store {
                 format!("{}: maxmemory-policy {policy}", self.name),
                 "noeviction: any other policy may drop counts of the board unseen (its buckets carry an expiry)",
                 "redis-cli CONFIG SET maxmemory-policy noeviction, and the same in redis.conf",
+            ));
+        }
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let theirs = Duration::from_micros(field("server_time_usec").parse().unwrap_or(0));
+        if theirs > now + AHEAD {
+            return Err(Error::refused(
+                "redis_clock",
+                format!("{}: its clock is {} s ahead", self.name, (theirs - now).as_secs()),
+                format!("at most {} s: by its clock the counts of the last ten minutes expire", AHEAD.as_secs()),
+                "set both clocks by NTP",
             ));
         }
         Ok(format!("version {version}, {policy}"))
@@ -278,5 +290,29 @@ impl Store {
             _ if e.kind() == redis::ErrorKind::UnexpectedReturnType => Error::fatal(&self.name, e),
             _ => Error::unreachable(&self.name, e),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_redis_that_would_lose_counts_is_refused() {
+        let store = Store::new(&Config::defaults().unwrap()).unwrap();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_micros();
+        let told = |version: &str, policy: &str, at: u128| {
+            let info = format!("redis_version:{version}\r\nserver_time_usec:{at}\r\nmaxmemory_policy:{policy}\r\n");
+            match store.requirements(&info) {
+                Ok(found) => found,
+                Err(Error::Refused(refusal)) => refusal.check.to_owned(),
+                Err(error) => panic!("{error}"),
+            }
+        };
+        assert_eq!(told("7.0.15", "noeviction", now), "version 7.0.15, noeviction");
+        assert_eq!(told("7.0.15", "noeviction", now - 900_000_000), "version 7.0.15, noeviction");
+        assert_eq!(told("7.0.15", "noeviction", now + 90_000_000), "redis_clock");
+        assert_eq!(told("7.0.15", "allkeys-lru", now), "redis_eviction");
+        assert_eq!(told("6.2.1", "noeviction", now), "redis_version");
     }
 }
