@@ -5,6 +5,7 @@
 
 pub mod pieces;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
@@ -217,9 +218,15 @@ pub struct IdlePosition {
 }
 
 fn read_dir(dir: &Path) -> Result<Vec<std::fs::DirEntry>> {
-    std::fs::read_dir(dir)
-        .and_then(|entries| entries.collect())
-        .map_err(|e| Error::fatal(format_args!("reading {}", dir.display()), e))
+    std::fs::read_dir(dir).and_then(|entries| entries.collect()).map_err(|e| match e.kind() {
+        ErrorKind::PermissionDenied => Error::refused(
+            "archive_dir",
+            format!("{}: {e}", dir.display()),
+            "a directory that this user may read",
+            "mend its rights, or choose another archive.dir",
+        ),
+        _ => Error::fatal(format_args!("reading {}", dir.display()), e),
+    })
 }
 
 #[cfg(test)]

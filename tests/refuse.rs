@@ -172,6 +172,25 @@ async fn a_server_that_was_set_back_and_went_on() {
     }
 }
 
+/// What the one has must come again, and does not hold back what the other gets meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sink_that_catches_up_is_acknowledged_on_the_way() {
+    let p = streamed("catchup").await;
+    rows(&p).await;
+    let half = p.lsn().await;
+    rows(&p).await;
+    let before = p.confirmed().await;
+    p.produce_until(p.lsn().await, &["--sinks", "kafka"]).await;
+    assert_eq!(p.confirmed().await, before);
+    p.produce_until(half, &[]).await;
+    assert_eq!(p.confirmed().await, half);
+    p.produce().await;
+    assert_eq!(
+        (p.rows("engagement_events"), 300),
+        (p.values("engagement_events").await, p.rows("engagement_events").len())
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_slot_before_the_start_and_while_streaming() {
     let stack = Stack::up("lost", &["postgres"]);

@@ -302,6 +302,7 @@ pub(super) async fn begin(world: &World, client: &Client, wanted: &[Wanted]) -> 
     let tables = find(config, client, wanted).await?;
     let lookups = base::lookups(&catalog::published(client, &config.postgres.publication).await?, &config.tables)?;
     let read: Vec<_> = tables.iter().chain(lookups.iter().map(|lookup| &lookup.source)).collect();
+    require::readable(&read)?;
     let files = Files::note(client, &read).await?;
     client.batch_execute(BEGIN).await.map_err(|e| failed(&e))?;
     Ok(files)

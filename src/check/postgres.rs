@@ -92,7 +92,7 @@ impl Postgres {
         self.push("publication", "one table or more", some_tables(name, &tables));
         self.push("published_changes", "insert, update, delete, truncate", operations(client, name).await);
         self.push("configured_tables", "each [[table]] published", configured(config, &tables));
-        self.push("table_rights", "SELECT on every published table", readable(&tables));
+        self.push("table_rights", "SELECT on every published table", readable(&tables.iter().collect::<Vec<_>>()));
         self.push("columns", "the configured columns, no name twice", columns(config, &tables));
         if let Ok(Some(known)) = state::tables(&config.state.dir) {
             self.push("lookup_tables", "as the lookup state knows them", lookup_tables(&known, &tables));
@@ -333,8 +333,12 @@ pub fn is_default(tables: &[config::Table]) -> bool {
     Config::defaults().is_ok_and(|d| text(&d.tables) == text(tables))
 }
 
-fn readable(tables: &[Table]) -> Result<String> {
-    let closed: Vec<_> = tables.iter().filter(|t| !t.readable).map(Table::sql_name).collect();
+/// Refuses tables that this role may not read.
+///
+/// # Errors
+/// [`Error::Refused`] with the GRANT.
+pub fn readable(tables: &[&Table]) -> Result<String> {
+    let closed: Vec<_> = tables.iter().filter(|t| !t.readable).map(|t| t.sql_name()).collect();
     if closed.is_empty() {
         return Ok(format!("SELECT on {} of {}", tables.len(), tables.len()));
     }

@@ -83,7 +83,7 @@ pub fn nullable(text: String) -> Option<String> {
 /// Tries what the board needs of Redis, and says what was found.
 ///
 /// # Errors
-/// [`Error::Refused`] for an old version, an eviction policy that would drop counts, or missing rights;
+/// [`Error::Refused`] for an old version, an eviction policy or a clock that would drop counts, or missing rights;
 /// [`Error::Unreachable`] otherwise.
 pub async fn preflight(config: &Config) -> Result<String> {
     Store::new(config)?.preflight().await
@@ -115,21 +115,33 @@ impl Store {
         })
     }
 
-    /// Connects, which checks version and eviction policy; gives both.
+    /// Connects, which checks version and eviction policy, and the clock; gives the first two.
     ///
     /// # Errors
     /// As the function [`preflight`] says.
     pub async fn preflight(&self) -> Result<String> {
         let info: String = self.call(&redis::cmd("INFO")).await?;
+        self.require_clock(&info)?;
         self.requirements(&info)
     }
 
+    /// Only at the start: a clock that is being set while a connection is made anew is no reason to end.
+    fn require_clock(&self, info: &str) -> Result<()> {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let theirs = Duration::from_micros(field(info, "server_time_usec").parse().unwrap_or(0));
+        if theirs <= now + AHEAD {
+            return Ok(());
+        }
+        Err(Error::refused(
+            "redis_clock",
+            format!("{}: its clock is {} s ahead", self.name, (theirs - now).as_secs()),
+            format!("at most {} s: by its clock the counts of the last ten minutes expire", AHEAD.as_secs()),
+            "set both clocks by NTP",
+        ))
+    }
+
     fn requirements(&self, info: &str) -> Result<String> {
-        let field = |name: &str| {
-            let found = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            found.map_or("(not told)", str::trim)
-        };
-        let (version, policy) = (field("redis_version"), field("maxmemory_policy"));
+        let (version, policy) = (field(info, "redis_version"), field(info, "maxmemory_policy"));
         let major = version.split('.').next().and_then(|n| n.parse().ok());
         if major.is_none_or(|n: u32| n < LEAST_VERSION) {
             return Err(Error::refused(
@@ -145,16 +157,6 @@ impl Store {
                 format!("{}: maxmemory-policy {policy}", self.name),
                 "noeviction: any other policy may drop counts of the board unseen (its buckets carry an expiry)",
                 "redis-cli CONFIG SET maxmemory-policy noeviction, and the same in redis.conf",
-            ));
-        }
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let theirs = Duration::from_micros(field("server_time_usec").parse().unwrap_or(0));
-        if theirs > now + AHEAD {
-            return Err(Error::refused(
-                "redis_clock",
-                format!("{}: its clock is {} s ahead", self.name, (theirs - now).as_secs()),
-                format!("at most {} s: by its clock the counts of the last ten minutes expire", AHEAD.as_secs()),
-                "set both clocks by NTP",
             ));
         }
         Ok(format!("version {version}, {policy}"))
@@ -293,6 +295,12 @@ impl Store {
     }
 }
 
+/// A field of INFO.
+fn field<'a>(info: &'a str, name: &str) -> &'a str {
+    let found = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    found.map_or("(not told)", str::trim)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -303,7 +311,7 @@ mod tests {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_micros();
         let told = |version: &str, policy: &str, at: u128| {
             let info = format!("redis_version:{version}\r\nserver_time_usec:{at}\r\nmaxmemory_policy:{policy}\r\n");
-            match store.requirements(&info) {
+            match store.require_clock(&info).and_then(|()| store.requirements(&info)) {
                 Ok(found) => found,
                 Err(Error::Refused(refusal)) => refusal.check.to_owned(),
                 Err(error) => panic!("{error}"),

@@ -406,7 +406,9 @@ impl Plan {
 
     async fn lookups(&self, config: &Config) -> Result<Vec<Lookup>> {
         let published: Vec<Table> = catalog::published(&self.client, &config.postgres.publication).await?;
-        base::lookups(&published, &config.tables)
+        let lookups = base::lookups(&published, &config.tables)?;
+        require::readable(&lookups.iter().map(|l| &l.source).collect::<Vec<_>>())?;
+        Ok(lookups)
     }
 
     async fn write_base(

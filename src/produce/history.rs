@@ -23,9 +23,9 @@ impl History {
         Self { to_come, last: past.into_iter().max_by_key(|commit| commit.lsn) }
     }
 
-    /// Whether everything has come that has to.
-    pub(super) fn is_proved(&self) -> bool {
-        self.to_come.is_empty()
+    /// Whether everything up to `at` may be acknowledged: what has to come would come again all the same.
+    pub(super) fn allows(&self, at: Lsn) -> bool {
+        self.to_come.iter().all(|known| known.lsn >= at)
     }
 
     /// A transaction begins.
@@ -73,12 +73,12 @@ mod tests {
         let history = || History::new(vec![commit(200, 7), commit(90, 5), commit(300, 8)], Lsn(100));
         assert_eq!(history().last, Some(commit(90, 5)));
         let mut same = history();
-        assert!(!same.is_proved());
+        assert!(same.allows(Lsn(200)) && !same.allows(Lsn(201)));
         for known in [commit(150, 6), commit(200, 7), commit(300, 8), commit(400, 9)] {
             same.begins(known).unwrap();
         }
         same.passes(Lsn(500)).unwrap();
-        assert!(same.is_proved());
+        assert!(same.allows(Lsn(500)));
         // Another time, none there, none at all.
         assert_eq!(history().begins(commit(200, 8)).unwrap_err().exit_code(), 78);
         assert_eq!(history().begins(commit(208, 7)).unwrap_err().exit_code(), 78);

@@ -104,11 +104,11 @@ impl Session {
         self.outlets.store(self.walk.checkpoint()).await
     }
 
-    /// Acknowledges what every configured sink has, once the server has shown that it is of its history: what is acknowledged
-    /// does not come again.
+    /// Acknowledges what every configured sink has, but not before the server has shown that it is of the sinks' history: what is
+    /// acknowledged does not come again.
     pub(super) fn acknowledge(&mut self) -> Result<()> {
-        if self.walk.history.is_proved()
-            && let Some(durable) = self.outlets.durable()
+        if let Some(durable) = self.outlets.durable()
+            && self.walk.history.allows(durable.lsn())
             && durable.lsn() > self.stream.acknowledged()
         {
             self.stream.acknowledge(durable);

@@ -90,7 +90,10 @@ impl Files {
         }
         Err(Error::refused(
             "snapshot",
-            format!("one of {} was rewritten or truncated while the snapshot was made", self.sources.join(", ")),
+            format!(
+                "one of {} was rewritten or truncated, or got or lost a partition, while the snapshot was made",
+                self.sources.join(", ")
+            ),
             "tables that stay as they are for that moment",
             "run the same command again",
         ))
