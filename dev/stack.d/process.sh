@@ -67,7 +67,7 @@ start_and_wait() {
     touch "$log"
     strictly "${server}_start" >>"$log" 2>&1 || return 1
     until "${server}_ready" 2>/dev/null; do
-        ! ended "$(cat "$(pid_file "$server")")" || return 1
+        ! ended "$(cat "$(pid_file "$server")" 2>/dev/null)" || return 1
         ((SECONDS < deadline)) || return 1
         sleep 0.1
     done

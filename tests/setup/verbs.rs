@@ -115,6 +115,29 @@ async fn init_whose_lookup_table_is_rewritten_while_the_slot_is_made_leaves_no_s
     place.leave().await;
 }
 
+#[tokio::test]
+async fn a_lookup_table_that_may_be_read_in_part_is_told_before_there_is_a_slot() {
+    let mut place = Place::new("columns").await;
+    let (sql, role) = (place.sql().await, format!("{}_role", place.name));
+    sql.batch_execute(include_str!("../../sql/01_tables.sql")).await.unwrap();
+    sql.batch_execute(&format!(
+        "CREATE PUBLICATION {} FOR TABLE public.content, public.engagement_events; CREATE ROLE {role} LOGIN REPLICATION;
+         GRANT SELECT ON public.engagement_events TO {role};
+         GRANT SELECT (id, title, content_type, length_seconds) ON public.content TO {role}",
+        place.name
+    ))
+    .await
+    .unwrap();
+    let owner = place.url.clone();
+    place.url = owner.replace("//postgres@", &format!("//{role}@"));
+    let refused = place.falaj(&["init", "--yes"]);
+    assert!(refused.status.code() == Some(78) && stderr(&refused).contains("table_rights"), "{}", stderr(&refused));
+    place.url = owner;
+    assert_eq!(slots(&place).await, 0);
+    sql.batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await.unwrap();
+    place.leave().await;
+}
+
 /// Key and values of every row in the base, sorted.
 fn base_rows(place: &Place) -> Vec<Vec<Option<String>>> {
     let text = fs::read_to_string(place.state().join("base.jsonl")).unwrap();
