@@ -218,6 +218,46 @@ async fn what_is_wrong_on_the_board_is_named() {
     );
 }
 
+/// Reading it whole takes longer than the board ever stands still.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_board_is_compared_while_it_moves() {
+    let p = Pipeline::new("verify_large_board").await;
+    p.run(
+        "INSERT INTO content (id, slug, title, publish_ts) \
+         SELECT md5(g::text)::uuid, g, g, now() FROM generate_series(1, 20000) AS g; \
+         INSERT INTO engagement_events (content_id, event_ts, duration_ms, device) \
+         SELECT md5(g::text)::uuid, now() - g * interval '20 ms', g, 'd' || g % 100 FROM generate_series(1, 20000) AS g",
+    )
+    .await;
+    p.produce().await;
+    p.start(&["consume", "--sinks", "redis", "--until-end"]).ends_well().await;
+    let (produce, consume) = (p.start(&["produce"]), p.start(&["consume", "--sinks", "redis"]));
+    let written = tokio_util::sync::CancellationToken::new();
+    let writing = async {
+        let mut rows = 0;
+        while !written.is_cancelled() {
+            p.run("INSERT INTO engagement_events (content_id, event_ts) VALUES (md5('7')::uuid, now())").await;
+            rows += 1;
+        }
+        rows
+    };
+    let verifying = async {
+        let mut counted = vec![];
+        for _ in 0..3 {
+            let (_, report) = verify(&p, &[]).await;
+            assert_eq!(report["board"]["equal"], true, "{report}");
+            assert_eq!(report["board"]["board_events"], report["board"]["kafka_events"], "{report}");
+            counted.push(report["board"]["board_events"].as_u64().unwrap());
+        }
+        written.cancel();
+        counted
+    };
+    let (rows, counted) = tokio::join!(writing, verifying);
+    assert!(20_000 < counted[0] && counted.is_sorted() && counted[2] <= 20_000 + rows, "{counted:?} of {rows}");
+    produce.drains().await;
+    consume.drains().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn it_is_equal_while_a_writer_runs_and_nobody_is_disturbed() {
     let p = Pipeline::new("verify_live").await;

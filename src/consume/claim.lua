@@ -4,7 +4,7 @@
 --
 -- KEYS[1]  hash of the board
 -- ARGV     topic id ("" to look only), generation to give up ("" for none)
--- Returns  {generation, topic id before this call, partition, offset, partition, offset, …}, absent ones as ""
+-- Returns  {topic id before this call or "", fields of the hash}
 local main, topic = KEYS[1], ARGV[1]
 local stored = redis.call('HMGET', main, 'generation', 'topic')
 local generation, before = stored[1], stored[2] or ''
@@ -15,13 +15,4 @@ if topic ~= '' and (not generation or before ~= topic or generation == ARGV[2]) 
   redis.call('DEL', main)
   redis.call('HSET', main, 'generation', generation, 'topic', topic)
 end
-local answer = {generation or '', before}
-local fields = redis.call('HGETALL', main)
-for i = 1, #fields, 2 do
-  local partition = fields[i]:match('^offset:(%d+)$')
-  if partition then
-    answer[#answer + 1] = partition
-    answer[#answer + 1] = fields[i + 1]
-  end
-end
-return answer
+return {before, redis.call('HGETALL', main)}

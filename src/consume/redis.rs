@@ -1,4 +1,4 @@
-//! The board's Redis: connection, requirements, and the three scripts. Nothing outside this file knows the client.
+//! The board's Redis: connection, requirements, and the scripts. Nothing outside this file knows the client.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -31,6 +31,7 @@ pub struct Store {
     apply: Script,
     claim: Script,
     read: Script,
+    bucket: Script,
 }
 
 /// Where the board stands, as one script saw it.
@@ -75,6 +76,30 @@ pub type ContentRow = (String, i64, u64, u64, String, String);
 /// Name, events, last use in microseconds since 1970; see [`nullable`].
 pub type DeviceRow = (String, u64, i64);
 
+/// What ten seconds of event time count, by content or by device; see [`nullable`].
+#[derive(Debug)]
+pub struct Bucket {
+    /// Thousandths of a second, by content.
+    pub millis: BTreeMap<String, i64>,
+    /// Events by content.
+    pub events: BTreeMap<String, u64>,
+    /// Events by device.
+    pub devices: BTreeMap<String, u64>,
+    /// Last use in microseconds since 1970, by device.
+    pub last: BTreeMap<String, i64>,
+    /// `late` and `future` events that were left out, where there are any.
+    pub dropped: BTreeMap<String, u64>,
+}
+
+type BucketRows = (
+    BTreeMap<String, String>,
+    BTreeMap<String, i64>,
+    BTreeMap<String, u64>,
+    BTreeMap<String, u64>,
+    BTreeMap<String, i64>,
+    BTreeMap<String, u64>,
+);
+
 /// A text that may be NULL, as the scripts carry it: "" is NULL, anything else has an `=` before it.
 pub fn nullable(text: String) -> Option<String> {
     text.strip_prefix('=').map(str::to_owned)
@@ -112,6 +137,7 @@ impl Store {
             apply: Script::new(include_str!("apply.lua")),
             claim: Script::new(include_str!("claim.lua")),
             read: Script::new(include_str!("board.lua")),
+            bucket: Script::new(include_str!("bucket.lua")),
         })
     }
 
@@ -183,12 +209,19 @@ impl Store {
     async fn claim_script(&self, topic_id: &str, give_up: &str) -> Result<Claim> {
         let mut call = self.script(&self.claim);
         call.arg(topic_id).arg(give_up);
-        let mut answer = self.call::<Vec<String>>(&call).await?.into_iter();
-        let (generation, before) = (answer.next().unwrap_or_default(), answer.next().unwrap_or_default());
+        let (before, fields): (String, BTreeMap<String, String>) = self.call(&call).await?;
+        self.stands(before, &fields)
+    }
+
+    /// From the fields of the board's hash, which was built from the topic `before`.
+    fn stands(&self, before: String, fields: &BTreeMap<String, String>) -> Result<Claim> {
         let mut offsets = BTreeMap::new();
-        while let (Some(partition), Some(offset)) = (answer.next(), answer.next()) {
-            offsets.insert(self.number(&partition)?, self.number(&offset)?);
+        for (name, offset) in fields {
+            if let Some(partition) = name.strip_prefix("offset:") {
+                offsets.insert(self.number(partition)?, self.number(offset)?);
+            }
         }
+        let generation = fields.get("generation").cloned().unwrap_or_default();
         Ok(Claim { generation, replaced: Some(before).filter(|id| !id.is_empty()), offsets })
     }
 
@@ -221,6 +254,18 @@ impl Store {
         let mut command = self.script(&self.read);
         command.arg(first).arg(last).arg(top);
         self.call(&command).await
+    }
+
+    /// What one bucket counts, and where the board stands at that moment.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] or [`Error::Refused`].
+    pub async fn bucket(&self, bucket: i64) -> Result<(Claim, Bucket)> {
+        let mut command = self.script(&self.bucket);
+        command.arg(bucket);
+        let (fields, millis, events, devices, last, dropped): BucketRows = self.call(&command).await?;
+        let claim = self.stands(fields.get("topic").cloned().unwrap_or_default(), &fields)?;
+        Ok((claim, Bucket { millis, events, devices, last, dropped }))
     }
 
     fn script(&self, script: &Script) -> Cmd {
@@ -260,7 +305,7 @@ impl Store {
         let mut connection = self.client.get_multiplexed_async_connection_with_config(&limits).await.map_err(failed)?;
         let info: String = redis::cmd("INFO").query_async(&mut connection).await.map_err(failed)?;
         self.requirements(&info)?;
-        for script in [&self.apply, &self.claim, &self.read] {
+        for script in [&self.apply, &self.claim, &self.read, &self.bucket] {
             script.load_async(&mut connection).await.map_err(failed)?;
         }
         Ok(held.insert(connection).clone())

@@ -1,5 +1,6 @@
 //! A topic from its beginning to its end, as a read_committed reader sees it. Blocking.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
@@ -35,47 +36,60 @@ pub fn read_committed(
     let failed = |e: KafkaError| error(&config.kafka, &e);
     let Some(count) = partitions(&config.kafka, topic)? else { return Err(no_topic(topic)) };
     let reader: BaseConsumer = settings(config, "read_committed").create().map_err(failed)?;
-    settle(config, &reader, topic, count as i32, stop)?;
+    let mut ends: BTreeMap<i32, i64> = (0..).zip(settle(config, &reader, topic, count as i32, stop)?).collect();
     let mut list = TopicPartitionList::new();
     for partition in 0..count as i32 {
         list.add_partition_offset(topic, partition, Offset::Beginning).map_err(failed)?;
     }
     reader.assign(&list).map_err(failed)?;
-    let mut open = count;
-    while open > 0 {
+    ends.retain(|_, end| *end > 0);
+    while !ends.is_empty() {
         go_on(stop)?;
-        match reader.poll(TIMEOUT) {
+        // The last offsets may be of no record but of a transaction's mark: then the partition's end is told instead, or, where
+        // others write on and on, the next record.
+        let ended = match reader.poll(TIMEOUT) {
             Some(Ok(message)) => {
-                message.payload().map_or(Ok(()), |value| each(message.partition(), message.offset(), value))?;
+                let (partition, offset) = (message.partition(), message.offset());
+                let Some(end) = ends.get(&partition) else { continue };
+                if let Some(value) = message.payload().filter(|_| offset < *end) {
+                    each(partition, offset, value)?;
+                }
+                (offset + 1 >= *end).then_some(partition)
             }
-            Some(Err(KafkaError::PartitionEOF(ended))) => {
-                open -= 1;
-                // What comes after its end is of no concern, and the reading has to end.
-                let mut list = TopicPartitionList::new();
-                list.add_partition(topic, ended);
-                reader.pause(&list).map_err(failed)?;
-            }
+            Some(Err(KafkaError::PartitionEOF(partition))) => Some(partition),
             Some(Err(e)) => return Err(failed(e)),
             None => return Err(Error::unreachable(kafka_at(config), "no answer to a fetch")),
+        };
+        if let Some(partition) = ended {
+            ends.remove(&partition);
+            let mut list = TopicPartitionList::new();
+            list.add_partition(topic, partition);
+            reader.pause(&list).map_err(failed)?;
         }
     }
     Ok(())
 }
 
-/// Waits for the transactions that are open now. A broker answers a commit before each partition has its mark: what a checkpoint
+/// Waits for the transactions that are open now, and gives the end of each partition at the call. A broker answers a commit before each partition has its mark: what a checkpoint
 /// says is committed may not be readable everywhere yet, and would seem to be missing.
 ///
 /// # Errors
 /// [`Error::Unreachable`] when no broker answers, or when a transaction stays open for longer than falaj's own ever do;
 /// [`Error::Fatal`] once `stop` is cancelled.
-pub fn settle(config: &Config, reader: &BaseConsumer, topic: &str, count: i32, stop: &CancellationToken) -> Result<()> {
+pub fn settle(
+    config: &Config,
+    reader: &BaseConsumer,
+    topic: &str,
+    count: i32,
+    stop: &CancellationToken,
+) -> Result<Vec<i64>> {
     let failed = |e: KafkaError| error(&config.kafka, &e);
     let all: BaseConsumer = settings(config, "read_uncommitted").create().map_err(failed)?;
     let end = |of: &BaseConsumer, p| Ok::<_, Error>(of.fetch_watermarks(topic, p, TIMEOUT).map_err(failed)?.1);
     let ends = (0..count).map(|p| end(&all, p)).collect::<Result<Vec<_>>>()?;
     let (since, mut told) = (Instant::now(), false);
     let longest = transaction_timeout(&config.kafka) + LOOKS_EVERY;
-    for (partition, written) in (0..).zip(ends) {
+    for (partition, &written) in (0..).zip(&ends) {
         // With read_committed the end is that of what no open transaction holds back.
         while end(reader, partition)? < written {
             go_on(stop)?;
@@ -96,7 +110,7 @@ pub fn settle(config: &Config, reader: &BaseConsumer, topic: &str, count: i32, s
     }
     // Its threads take a tenth of a second to end, which nobody has to wait for.
     std::thread::spawn(|| drop(all));
-    Ok(())
+    Ok(ends)
 }
 
 fn settings(config: &Config, isolation: &str) -> ClientConfig {

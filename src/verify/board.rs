@@ -1,8 +1,8 @@
-//! The board in Redis against what the events in Kafka make of it, up to the offsets that the board stands at.
+//! The board in Redis against what the events in Kafka make of it. Each bucket is read with the offsets that it counts
+//! up to, so that neither a long script nor a board that moves is in the way.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
@@ -10,7 +10,7 @@ use super::report::{BoardReport, MOST_NAMED};
 use crate::config::Config;
 use crate::consume::batch::{FUTURE_SECONDS, LATE_SECONDS, WINDOW_BUCKETS, bucket_of};
 use crate::consume::event::{self, Event};
-use crate::consume::redis::{Claim, FROM_ARCHIVE, Rows, Store, nullable};
+use crate::consume::redis::{Bucket, Claim, FROM_ARCHIVE, Store, nullable};
 use crate::error::{Error, Result};
 use crate::kafka;
 use crate::world::World;
@@ -18,11 +18,6 @@ use crate::world::World;
 /// The table that the board counts.
 const TABLE: &str = "engagement_events";
 const MICROS: i64 = 1_000_000;
-/// How often the board is read until it stands still for as long as that takes.
-const TRIES: usize = 50;
-const PAUSE: Duration = Duration::from_millis(20);
-/// More contents than a board has.
-const ALL: usize = 1_000_000_000;
 
 /// What a board shows.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -35,65 +30,73 @@ struct Counts {
     future: u64,
 }
 
+/// The board as it was found.
+#[derive(Debug)]
+struct Found {
+    counts: Counts,
+    /// The first bucket of the window.
+    first: i64,
+    /// The next offsets when each of its buckets was read.
+    offsets: Vec<BTreeMap<i32, i64>>,
+}
+
 /// Compares the board; the text is why it was not compared.
 ///
 /// # Errors
 /// As Kafka is read.
 pub(super) async fn compare(world: &World) -> Result<Result<BoardReport, String>> {
-    let store = Store::new(&world.config)?;
-    let last = bucket_of(jiff::Timestamp::now().as_microsecond());
-    let first = last - WINDOW_BUCKETS + 1;
-    let (claim, rows) = match still(world, &store, first, last).await {
-        Ok(Some(found)) => found,
-        Ok(None) => return Ok(Err("board: it moved all the time while it was read".to_owned())),
+    let found = match find(&Store::new(&world.config)?).await {
+        Ok(Ok(found)) => found,
+        Ok(Err(why)) => return Ok(Err(format!("board: {why}"))),
         Err(error) if error.is_transient() => return Ok(Err(format!("board: {error}"))),
         Err(error) => return Err(error),
     };
-    if claim.generation.is_empty() || claim.offsets.is_empty() {
-        return Ok(Err("board: there is none (falaj consume has not run)".to_owned()));
-    }
-    if claim.replaced.as_deref() == Some(FROM_ARCHIVE) {
-        return Ok(Err(
-            "board: falaj replay has rebuilt it from the archive, and falaj consume has not taken it over".to_owned()
-        ));
-    }
     let (config, stop) = (Arc::clone(&world.config), world.stop.clone());
-    let counted = tokio::task::spawn_blocking(move || recount(&config, &stop, &claim, first, last)).await;
-    let counted = counted.map_err(|e| Error::fatal("recounting the board", e))??;
-    Ok(Ok(report(&shown(rows), &counted)))
+    let compared = tokio::task::spawn_blocking(move || {
+        Ok(report(&found.counts, &recount(&config, &stop, found.first, &found.offsets)?))
+    });
+    compared.await.map_err(|e| Error::fatal("recounting the board", e))?.map(Ok)
 }
 
-/// The board, and the offsets that it stands at.
-async fn still(world: &World, store: &Store, first: i64, last: i64) -> Result<Option<(Claim, Rows)>> {
-    for _ in 0..TRIES {
-        let before = store.look().await?;
-        let rows = store.read(first, last, ALL).await?;
-        if store.look().await? == before {
-            return Ok(Some((before, rows)));
+/// The text is why there is nothing to compare.
+async fn find(store: &Store) -> Result<Result<Found, &'static str>> {
+    let begun = store.look().await?;
+    if begun.generation.is_empty() || begun.offsets.is_empty() {
+        return Ok(Err("there is none (falaj consume has not run)"));
+    }
+    if begun.replaced.as_deref() == Some(FROM_ARCHIVE) {
+        return Ok(Err("falaj replay has rebuilt it from the archive, and falaj consume has not taken it over"));
+    }
+    let last = bucket_of(jiff::Timestamp::now().as_microsecond());
+    let first = last - WINDOW_BUCKETS + 1;
+    let mut found = Found { counts: Counts::default(), first, offsets: Vec::new() };
+    for at in first..=last {
+        let (Claim { generation, offsets, .. }, bucket) = store.bucket(at).await?;
+        if generation != begun.generation {
+            return Ok(Err("it was rebuilt while it was read"));
         }
-        world.pause(PAUSE).await?;
+        found.counts.show(bucket);
+        found.offsets.push(offsets);
     }
-    Ok(None)
+    Ok(Ok(found))
 }
 
-fn shown((contents, devices, late, future): Rows) -> Counts {
-    Counts {
-        contents: contents.into_iter().map(|(id, millis, events, ..)| (id, (millis, events))).collect(),
-        devices: devices.into_iter().map(|(name, events, last)| (nullable(name), (events, last))).collect(),
-        late,
-        future,
-    }
-}
-
-fn recount(config: &Config, stop: &CancellationToken, claim: &Claim, first: i64, last: i64) -> Result<Counts> {
+/// What the events in Kafka make of each bucket, up to the offsets that it was read at.
+fn recount(config: &Config, stop: &CancellationToken, first: i64, offsets: &[BTreeMap<i32, i64>]) -> Result<Counts> {
     let topic = config.topic(TABLE);
     let mut counts = Counts::default();
+    let is_below = |ends: &BTreeMap<i32, i64>, partition, offset| ends.get(&partition).is_some_and(|end| offset < *end);
     kafka::read_committed(config, &topic, stop, |partition, offset, value| {
-        if claim.offsets.get(&partition).is_some_and(|next| offset < *next) {
-            let strange =
-                |why| Error::fatal(format_args!("reading {topic}, partition {partition}, offset {offset}"), why);
-            if let Some(event) = event::parse(value).map_err(strange)? {
-                counts.add(&event, first, last);
+        // None of the buckets has what lies beyond the offsets of the last one.
+        if !offsets.last().is_some_and(|ends| is_below(ends, partition, offset)) {
+            return Ok(());
+        }
+        let strange = |why| Error::fatal(format_args!("reading {topic}, partition {partition}, offset {offset}"), why);
+        if let Some(event) = event::parse(value).map_err(strange)? {
+            let place = Place::of(&event);
+            let ends = usize::try_from(place.bucket() - first).ok().and_then(|at| offsets.get(at));
+            if ends.is_some_and(|ends| is_below(ends, partition, offset)) {
+                counts.add(&event, place);
             }
         }
         Ok(())
@@ -101,15 +104,60 @@ fn recount(config: &Config, stop: &CancellationToken, claim: &Claim, first: i64,
     Ok(counts)
 }
 
-impl Counts {
-    fn add(&mut self, event: &Event<'_>, first: i64, last: i64) {
-        let within = |micros: i64| (first..=last).contains(&bucket_of(micros));
+/// The bucket that an event is counted in.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    Counted(i64),
+    Late(i64),
+    Future(i64),
+}
+
+impl Place {
+    fn of(event: &Event<'_>) -> Self {
         match event.commit_ts.saturating_sub(event.event_ts) {
-            age if age > LATE_SECONDS * MICROS => self.late += u64::from(within(event.commit_ts)),
-            age if age < -FUTURE_SECONDS * MICROS => self.future += u64::from(within(event.commit_ts)),
-            _ if within(event.event_ts) => self.count(event),
-            _ => {}
+            age if age > LATE_SECONDS * MICROS => Self::Late(bucket_of(event.commit_ts)),
+            age if age < -FUTURE_SECONDS * MICROS => Self::Future(bucket_of(event.commit_ts)),
+            _ => Self::Counted(bucket_of(event.event_ts)),
         }
+    }
+
+    fn bucket(self) -> i64 {
+        let (Self::Counted(bucket) | Self::Late(bucket) | Self::Future(bucket)) = self;
+        bucket
+    }
+}
+
+impl Counts {
+    /// Adds what a bucket of the board shows.
+    fn show(&mut self, Bucket { millis, events, devices, last, dropped }: Bucket) {
+        for (id, millis) in millis {
+            self.contents.entry(id).or_default().0 += millis;
+        }
+        for (id, events) in events {
+            self.contents.entry(id).or_default().1 += events;
+        }
+        for (name, events) in devices {
+            self.device(nullable(name)).0 += events;
+        }
+        for (name, last) in last {
+            let device = self.device(nullable(name));
+            device.1 = device.1.max(last);
+        }
+        self.late += dropped.get("late").copied().unwrap_or(0);
+        self.future += dropped.get("future").copied().unwrap_or(0);
+    }
+
+    /// Adds an event of Kafka.
+    fn add(&mut self, event: &Event<'_>, place: Place) {
+        match place {
+            Place::Late(_) => self.late += 1,
+            Place::Future(_) => self.future += 1,
+            Place::Counted(_) => self.count(event),
+        }
+    }
+
+    fn device(&mut self, name: Option<String>) -> &mut (u64, i64) {
+        self.devices.entry(name).or_insert((0, i64::MIN))
     }
 
     fn count(&mut self, event: &Event<'_>) {
@@ -117,8 +165,7 @@ impl Counts {
             let (millis, events) = self.contents.entry(content.to_string()).or_default();
             (*millis, *events) = (*millis + event.millis, *events + 1);
         }
-        let device = event.device.as_ref().map(|device| device.to_string());
-        let (events, last) = self.devices.entry(device).or_insert((0, i64::MIN));
+        let (events, last) = self.device(event.device.as_ref().map(|device| device.to_string()));
         (*events, *last) = (*events + 1, event.event_ts.max(*last));
     }
 
