@@ -356,14 +356,12 @@ impl Config {
                 "use the default \"{pipeline}.{table}\"",
             ));
         }
-        if self.kafka.partitions < 1 || self.kafka.replication_factor < 1 {
+        let (partitions, copies) = (self.kafka.partitions, self.kafka.replication_factor);
+        if partitions < 1 || (copies < 1 && copies != -1) {
             return Err(refused(
-                format!(
-                    "kafka.partitions = {}, replication_factor = {}",
-                    self.kafka.partitions, self.kafka.replication_factor
-                ),
-                "1 or more",
-                "raise them",
+                format!("kafka.partitions = {partitions}, kafka.replication_factor = {copies}"),
+                "1 or more; replication_factor also -1, the broker's default",
+                "mend them",
             ));
         }
         if let Some(h) = self.kafka.headers.as_deref().filter(|h| *h != "cloudevents") {

@@ -82,6 +82,15 @@ fn every_command_of_a_role_is_one_that_the_binary_takes() {
 }
 
 #[test]
+fn each_image_is_built_by_one_service_and_the_others_pull_none() {
+    let text = compose();
+    let (shared, services) = text.split_once("\nservices:\n").unwrap();
+    assert!(shared.contains("  pull_policy: never\n") && !shared.contains("build:"), "{shared}");
+    let files: Vec<&str> = services.lines().filter_map(|line| line.trim().strip_prefix("dockerfile: ")).collect();
+    assert_eq!(files, ["bigquery.Dockerfile", "docker/Dockerfile"]);
+}
+
+#[test]
 fn only_the_loopback_is_published_and_on_the_ports_of_the_defaults() {
     let published = published();
     for address in &published {

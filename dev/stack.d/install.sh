@@ -46,6 +46,8 @@ apt_install() {
         echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.d/falaj-stack.conf
     fi
     "${apt[@]}" install "$@"
+    # Nor at the next boot.
+    [[ " $* " != *" redis-server "* ]] || update-rc.d redis-server disable
 }
 
 # artefact NAME DESCRIPTION COMMAND…: makes $cache/NAME once, under a lock, by running

@@ -1,6 +1,6 @@
 //! What falaj needs of Kafka: a broker that answers, transactions, and the topics that `init` makes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,11 +17,19 @@ use crate::kafka;
 
 /// What one look at Kafka gave.
 pub(super) struct Probe {
-    /// Every topic with its partition count.
-    topics: Result<BTreeMap<String, usize>>,
+    topics: Result<Topics>,
     transactions: Result<String>,
     /// `cleanup.policy` of the checkpoint topic; empty when it cannot be told.
     cleanup: Result<String>,
+}
+
+/// Every topic that can be used.
+#[derive(Default)]
+struct Topics {
+    /// Partition count by name.
+    partitions: BTreeMap<String, usize>,
+    /// Those with a partition that one broker alone has, where there are more brokers.
+    single: BTreeSet<String>,
 }
 
 /// Remembers why a connection fails: librdkafka tells that to a callback only, the request itself just times out.
@@ -56,7 +64,7 @@ pub(super) async fn probe(config: &Arc<Config>) -> Probe {
 }
 
 /// Blocking.
-fn ask(config: &Config) -> (Result<BTreeMap<String, usize>>, Result<String>) {
+fn ask(config: &Config) -> (Result<Topics>, Result<String>) {
     // No slot has a dot in its name, so that no stream has this id.
     let id = format!("{}.check.preflight", config.pipeline);
     let mut settings = kafka::client(&config.kafka);
@@ -69,8 +77,13 @@ fn ask(config: &Config) -> (Result<BTreeMap<String, usize>>, Result<String>) {
         Ok(metadata) => metadata,
         Err(e) => return (Err(reason(config, &producer, &e)), Ok(String::new())),
     };
-    let usable = metadata.topics().iter().filter(|t| t.error().is_none());
-    let topics = usable.map(|t| (t.name().to_owned(), t.partitions().len())).collect();
+    let mut topics = Topics::default();
+    for topic in metadata.topics().iter().filter(|t| t.error().is_none()) {
+        topics.partitions.insert(topic.name().to_owned(), topic.partitions().len());
+        if metadata.brokers().len() > 1 && topic.partitions().iter().any(|p| p.replicas().len() < 2) {
+            topics.single.insert(topic.name().to_owned());
+        }
+    }
     let transactions = match producer.init_transactions(PATIENCE) {
         Ok(()) => Ok(format!("transactional.id \"{id}\" accepted")),
         Err(e) => Err(kafka::error(&config.kafka, &e)),
@@ -125,7 +138,7 @@ impl Probe {
             Finding::of(
                 "kafka",
                 "a broker that answers",
-                Ok(format!("{}: {} topics", config.kafka.servers(), topics.len())),
+                Ok(format!("{}: {} topics", config.kafka.servers(), topics.partitions.len())),
             ),
             Finding::of("kafka_transactions", "transactions", self.transactions),
             Finding::of(
@@ -136,16 +149,16 @@ impl Probe {
             Finding::of(
                 "kafka_checkpoint",
                 "one partition, compacted",
-                self.cleanup.and_then(|c| checkpoint(config, &topics, &c)),
+                self.cleanup.and_then(|c| checkpoint(config, &topics.partitions, &c)),
             ),
         ]
     }
 }
 
-fn topics_found(config: &Config, tables: &[String], topics: &BTreeMap<String, usize>) -> Result<Found> {
+fn topics_found(config: &Config, tables: &[String], Topics { partitions, single }: &Topics) -> Result<Found> {
     let rows: Vec<String> = tables.iter().map(|t| config.topic(t)).collect();
     let all = rows.iter().cloned().chain([config.dead_letter_topic()]);
-    let missing: Vec<_> = all.filter(|t| !topics.contains_key(t)).collect();
+    let missing: Vec<_> = all.filter(|t| !partitions.contains_key(t)).collect();
     if !missing.is_empty() {
         return Err(Error::refused(
             "kafka_topics",
@@ -155,17 +168,24 @@ fn topics_found(config: &Config, tables: &[String], topics: &BTreeMap<String, us
         ));
     }
     let wanted = usize::try_from(config.kafka.partitions).unwrap_or(1);
-    let counted = |t: &String| format!("{t} ({})", topics[t]);
+    let counted = |t: &String| format!("{t} ({})", partitions[t]);
     let text = rows.iter().map(counted).collect::<Vec<_>>().join(", ");
-    if rows.iter().all(|t| topics[t] == wanted) {
-        return Ok(text.into());
+    let mut advice = Vec::new();
+    let own = [config.checkpoint_topic(), config.dead_letter_topic()];
+    let single: Vec<&str> = rows.iter().chain(&own).filter(|t| single.contains(*t)).map(String::as_str).collect();
+    if !single.is_empty() {
+        advice.push(format!(
+            "one broker alone has {}: with its disk rows are lost, and nobody is told. Give them 3 replicas \
+             (kafka-reassign-partitions.sh) and min.insync.replicas=2; kafka.replication_factor counts when init makes a topic",
+            single.join(", ")
+        ));
     }
-    Ok(Found::with_advice(
-        text,
-        format!(
+    if rows.iter().any(|t| partitions[t] != wanted) {
+        advice.push(format!(
             "kafka.partitions is {wanted} and counts only when init makes a topic; more partitions break the order per key"
-        ),
-    ))
+        ));
+    }
+    Ok(Found::with_advice(text, advice.join("; ")))
 }
 
 /// Refuses a checkpoint topic that would not keep the position.
@@ -197,5 +217,28 @@ fn checkpoint(config: &Config, topics: &BTreeMap<String, usize>, cleanup: &str) 
             format!("{topic} has {n} partitions"),
             "stop falaj; another pipeline, archive.dir and bigquery.dataset (docs/operations.md)".to_owned(),
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn topics_that_one_broker_of_several_has_are_noted() {
+        let config = Config::load(None, []).unwrap();
+        let names = ["falaj.a", "falaj.b", "falaj.checkpoint", "falaj.dead_letter"];
+        let advice = |single: &[&str]| {
+            let topics = Topics {
+                partitions: names.iter().map(|name| ((*name).to_owned(), 3)).collect(),
+                single: single.iter().map(|name| (*name).to_owned()).collect(),
+            };
+            let found = topics_found(&config, &["a".to_owned(), "b".to_owned()], &topics).unwrap();
+            assert_eq!(found.text, "falaj.a (3), falaj.b (3)");
+            found.advice
+        };
+        assert_eq!(advice(&["of.others"]), "");
+        let told = advice(&["falaj.b", "falaj.checkpoint", "of.others"]);
+        assert!(told.starts_with("one broker alone has falaj.b, falaj.checkpoint: "), "{told}");
     }
 }

@@ -1,4 +1,5 @@
-//! What falaj needs of everything else: the archive's directory, Redis, the outside HTTP system, BigQuery.
+//! What falaj needs of everything else: the archive's directory, Redis, the outside HTTP system, BigQuery. An empty URL
+//! says that nobody uses it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,14 +17,14 @@ pub(super) async fn findings(config: &Arc<Config>) -> Vec<Finding> {
     let has = |sink| config.produce.sinks.contains(&sink);
     let (kafka, archive) = (has(SinkName::Kafka), has(SinkName::Archive));
     let redis = async {
-        if !kafka {
+        if !kafka || config.redis.url.is_empty() {
             return None;
         }
         let outcome = within("Redis", crate::consume::redis::preflight(config)).await;
         Some(Finding::of("redis", "Redis 7 or later that evicts nothing", outcome))
     };
     let external = async {
-        if !kafka {
+        if !kafka || config.external.url.is_empty() {
             return None;
         }
         Some(Finding::of("external", "an HTTP server that answers", external(&config.external.url).await))

@@ -41,6 +41,9 @@ const SPEED: Speed = Speed { jobs: backfill::JOBS, rate: None };
 const CHECKPOINT: &[(&str, &str)] =
     &[("cleanup.policy", "compact"), ("segment.bytes", "1048576"), ("min.cleanable.dirty.ratio", "0.01")];
 
+/// Nobody else keeps what the outside system has refused: it stays until somebody has looked.
+const DEAD_LETTERS: &[(&str, &str)] = &[("retention.ms", "-1")];
+
 /// The steps that are missing, and a word on what is there.
 pub(super) struct Plan {
     conninfo: Conninfo,
@@ -189,7 +192,7 @@ impl Plan {
         let config = &world.config;
         let existing = world.at_start("kafka", || topics(config)).await?;
         let rows = published.iter().map(|t| (config.topic(t), config.kafka.partitions, &[][..]));
-        let own = [(config.checkpoint_topic(), 1, CHECKPOINT), (config.dead_letter_topic(), 1, &[][..])];
+        let own = [(config.checkpoint_topic(), 1, CHECKPOINT), (config.dead_letter_topic(), 1, DEAD_LETTERS)];
         let mut present = Vec::new();
         for (name, partitions, settings) in rows.chain(own) {
             if existing.contains_key(&name) {

@@ -1,7 +1,5 @@
 //! Into a new topic: exactly once, and never into one that holds something else.
 
-use rdkafka::admin::{AdminOptions, ResourceSpecifier};
-
 use super::{commit, lines, lsn, replay, replayed};
 use crate::rig::process::Ended;
 use crate::rig::{Pipeline, Servers, assert_same, check, id, kafka, load};
@@ -86,10 +84,7 @@ async fn a_topic_that_holds_something_else_is_refused() {
     refused(into(&topic, &second, &second).await, "holds a replay from");
     refused(into(&topic, &first, &first).await, "holds a replay from");
     // The records are as old as their commits, and a retention would count from there.
-    let admin = falaj::kafka::admin(&p.config.kafka).unwrap();
-    let told = admin.describe_configs([&ResourceSpecifier::Topic(&topic)], &AdminOptions::new()).await.unwrap();
-    let retention = told[0].as_ref().unwrap().get("retention.ms").and_then(|entry| entry.value.clone());
-    assert_eq!(retention.as_deref(), Some("-1"));
+    assert_eq!(kafka::setting(&p.config.kafka, &topic, "retention.ms").await.as_deref(), Some("-1"));
     let found = content(kafka::records(&p.config, &topic).await);
     assert_same("unharmed", &found.into_iter().map(|(_, v, _)| v).collect::<Vec<_>>(), &values);
     // What the archive cannot give.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use falaj::config::Config;
+use falaj::config::{Config, Kafka};
 use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
@@ -149,15 +149,20 @@ pub async fn write(config: &Config, topic: &str, key: &str, value: &str) {
     tokio::task::spawn_blocking(work).await.unwrap();
 }
 
+/// A topic's setting.
+pub async fn setting(config: &Kafka, topic: &str, key: &str) -> Option<String> {
+    let admin = falaj::kafka::admin(config).unwrap();
+    let resource = ResourceSpecifier::Topic(topic);
+    let mut described = admin.describe_configs([&resource], &AdminOptions::new()).await.unwrap();
+    described.remove(0).unwrap().get(key)?.value.clone()
+}
+
 /// Changes one setting of a topic, and waits until the broker goes by it.
 pub async fn configure(config: &Config, topic: &str, key: &str, value: &str) {
     let admin = falaj::kafka::admin(&config.kafka).unwrap();
     let (resource, options) = (ResourceSpecifier::Topic(topic), AdminOptions::new());
     let alter = AlterConfig::new(resource).set(key, value);
     admin.alter_configs([&alter], &options).await.unwrap().remove(0).unwrap();
-    until("the topic has the setting", async || {
-        let described = admin.describe_configs([&resource], &options).await.unwrap().remove(0).unwrap();
-        described.get(key).and_then(|entry| entry.value.as_deref()) == Some(value)
-    })
-    .await;
+    until("the topic has the setting", async || setting(&config.kafka, topic, key).await.as_deref() == Some(value))
+        .await;
 }

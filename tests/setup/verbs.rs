@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::place::{Place, stderr, stdout};
 use super::server::Server;
+use crate::rig::kafka;
 
 async fn count(place: &Place, sql: &str) -> i64 {
     place.sql().await.query_one(&format!("SELECT count(*) FROM {sql}"), &[]).await.unwrap().get(0)
@@ -58,6 +59,9 @@ async fn init_plans_then_creates_then_finds_nothing_to_do() {
     let mut expected: Vec<Vec<Option<String>>> = in_table.iter().map(|r| (0..4).map(|i| r.get(i)).collect()).collect();
     expected.sort();
     assert_eq!(rows, expected);
+    let (servers, letters) =
+        (Config::load(None, std::env::vars()).unwrap().kafka, format!("{}.dead_letter", place.name));
+    assert_eq!(kafka::setting(&servers, &letters, "retention.ms").await.as_deref(), Some("-1"));
 
     let again = place.falaj(&["init", "--yes"]);
     assert_eq!((again.status.code(), stdout(&again).contains("nothing to do")), (Some(0), true), "{}", stdout(&again));
@@ -411,6 +415,11 @@ async fn unreachable_servers_alone_give_69() {
     assert_eq!((code, &finding(&findings, "postgres")["ok"]), (69, &Value::Bool(false)));
     place.env = vec![("FALAJ_REDIS__URL".into(), "http://nonsense".into())];
     assert_eq!(place.check().1, 78);
+    // What nobody uses is not asked for.
+    place.env = ["FALAJ_REDIS__URL", "FALAJ_EXTERNAL__URL"].map(|name| (name.to_owned(), String::new())).into();
+    let (findings, code) = place.check();
+    assert!(findings.iter().all(|f| f["check"] != "redis" && f["check"] != "external"), "{findings:?}");
+    assert_eq!(code, 0);
     place.leave().await;
 }
 
