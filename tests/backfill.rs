@@ -106,6 +106,60 @@ async fn a_copy_whose_tables_are_rewritten_while_its_snapshot_is_made_says_so() 
     assert_eq!(keys(&of_op(&p.values("item").await, "r")), (1..=100).collect::<Vec<_>>());
 }
 
+/// A rewrite that waits for the lock of one session goes before another one has its own: behind it, that one would see no row.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rewrite_that_waits_for_a_copy_takes_no_row_from_it() {
+    let p = with_items("bwaiting", 20_000, KEYED).await;
+    p.init().await;
+    let watch = connect(&p.env[POSTGRES]).await;
+    let locks = async |granted: bool| -> i64 {
+        let sql = "SELECT count(*) FROM pg_locks WHERE relation = 'public.item'::regclass AND granted = $1 \
+                   AND mode = CASE WHEN granted THEN 'AccessShareLock' ELSE 'AccessExclusiveLock' END";
+        watch.query_one(sql, &[&granted]).await.unwrap().get(0)
+    };
+    let mut copy = p.start(&["backfill", "item", "--jobs", "2"]);
+    until("the copy has the lock", async || locks(true).await > 0).await;
+    copy.signal("-STOP");
+    let other = connect(&p.env[POSTGRES]).await;
+    let rewrite = tokio::spawn(async move { other.batch_execute("ALTER TABLE item ALTER v TYPE bigint").await });
+    until("the rewrite waits", async || locks(false).await > 0).await;
+    copy.signal("-CONT");
+    copy.says("it goes first").await;
+    copy.ends_well().await;
+    rewrite.await.unwrap().unwrap();
+    p.produce().await;
+    for copied in [p.values("item").await, p.rows("item")] {
+        assert_eq!(keys(&of_op(&copied, "r")), (1..=20_000).collect::<Vec<_>>());
+    }
+}
+
+/// Who makes a partition an hour need not hit the moment between two copies.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_that_is_made_while_the_snapshot_is_made_is_no_rewrite() {
+    let p = Pipeline::bare(Servers::shared(), "bnewpart").await;
+    p.run(include_str!("../sql/01_tables.sql")).await;
+    p.run(
+        "CREATE TABLE item (id int PRIMARY KEY, v text) PARTITION BY RANGE (id);
+         CREATE TABLE item_1 PARTITION OF item FOR VALUES FROM (0) TO (500);
+         CREATE PUBLICATION falaj FOR TABLE item, content WITH (publish_via_partition_root = true);
+         INSERT INTO item SELECT g, 'v' FROM generate_series(1, 99) AS g",
+    )
+    .await;
+    p.init().await;
+    let other = connect(&p.env[POSTGRES]).await;
+    other.batch_execute("SET lock_timeout = '60s'; BEGIN; SELECT pg_current_xact_id()").await.unwrap();
+    let copy = p.start(&["backfill", "item"]);
+    let making = "SELECT count(*) FROM pg_replication_slots WHERE temporary AND database = current_database()";
+    until("a slot is being made", async || p.text(making).await == "1").await;
+    let make = "CREATE TABLE item_2 PARTITION OF item FOR VALUES FROM (500) TO (1000); INSERT INTO item VALUES (500, 'v'); COMMIT";
+    other.batch_execute(make).await.unwrap();
+    copy.ends_well().await;
+    p.produce().await;
+    let (values, seen) = (p.values("item").await, p.rows("item"));
+    assert_same("the same in both", &sorted(seen), &sorted(values.clone()));
+    assert_eq!(keys(&of_op(&values, "r")), (1..=99).chain([500]).collect::<Vec<_>>());
+}
+
 /// Kills a copy again and again while it moves, until it ends by itself.
 async fn kill_and_go_on(p: &Pipeline, args: &[&str]) {
     let topics = [p.config.checkpoint_topic(), p.config.topic("item")];

@@ -16,7 +16,7 @@ use crate::source::catalog::{self, Table};
 use crate::source::conn::{Conninfo, sql_error};
 use crate::source::slot;
 use crate::source::snapshot::{self, Files, Kind};
-use crate::source::wire::{Wire, ident, literal};
+use crate::source::wire::{Wire, ident};
 use crate::world::{START_PATIENCE, World};
 
 /// How often the lock of another backfill is tried again.
@@ -35,15 +35,23 @@ pub(crate) struct Source {
     /// For other sessions, while `wire` is open or, after [`Source::hold_alone`], `client`.
     pub(super) name: String,
     pub(super) identity: SlotIdentity,
+    /// The tables that are read in the snapshot.
+    files: Files,
     /// What has exported the snapshot.
     pub(super) wire: Option<Wire>,
 }
 
 impl Source {
     /// The snapshot of a slot that was made just now; `client` has begun for it.
-    pub(crate) fn new(conninfo: &Conninfo, client: Client, lsn: Lsn, snapshot: &str, identity: &SlotIdentity) -> Self {
+    pub(crate) fn new(
+        conninfo: &Conninfo,
+        (client, files): (Client, Files),
+        lsn: Lsn,
+        snapshot: &str,
+        identity: &SlotIdentity,
+    ) -> Self {
         let (conninfo, name, identity) = (conninfo.clone(), snapshot.to_owned(), identity.clone());
-        Self { conninfo, client, lsn, name, identity, wire: None }
+        Self { conninfo, client, lsn, name, identity, files, wire: None }
     }
 
     /// Holds the session that has exported the snapshot.
@@ -72,7 +80,7 @@ impl Source {
         files.enter(&client, &name).await?;
         let identity =
             SlotIdentity { system_id: system.system_id, timeline: system.timeline, slot: postgres.slot.clone() };
-        Ok(Self { conninfo, client, lsn, name, identity, wire: Some(wire) })
+        Ok(Self { conninfo, client, lsn, name, identity, files, wire: Some(wire) })
     }
 
     /// From now on this session alone holds the snapshot: the one that exported it has ended, and with it its temporary slot.
@@ -84,12 +92,13 @@ impl Source {
         Ok(())
     }
 
-    /// Another session within the same snapshot; gives its process too.
+    /// Another session within the same snapshot, with locks of its own: the first one's end with its own work. Gives its process
+    /// too.
     pub(super) async fn another(&self) -> Result<(Client, i32)> {
         let client = self.conninfo.sql(APPLICATION).await?;
         let pid = pid(&client).await?;
         client.batch_execute(BEGIN).await.map_err(|e| failed(&e))?;
-        import(&client, &self.name).await?;
+        self.files.enter(&client, &self.name).await?;
         Ok((client, pid))
     }
 
@@ -332,12 +341,6 @@ async fn lock(world: &World, client: &Client) -> Result<()> {
         info!("another backfill of this pipeline is running, waiting");
         world.pause(AGAIN).await?;
     }
-}
-
-/// Gives the session's transaction the snapshot.
-pub(super) async fn import(client: &Client, snapshot: &str) -> Result<()> {
-    let sql = format!("SET TRANSACTION SNAPSHOT {}", literal(snapshot));
-    client.batch_execute(&sql).await.map_err(|e| failed(&e))
 }
 
 /// The server's process of a session.

@@ -362,7 +362,7 @@ impl Plan {
         let write = async {
             if let (Some((client, files)), Some(copied)) = (reader, &copied) {
                 files.enter(&client, &snapshot).await?;
-                let copying = Source::new(&self.conninfo, client, at, &snapshot, &self.identity);
+                let copying = Source::new(&self.conninfo, (client, files), at, &snapshot, &self.identity);
                 backfill::prepare(world, &copying, copied, SPEED.jobs).await?;
                 source = Some(copying);
             }

@@ -4,9 +4,11 @@
 //! `pg_export_snapshot()` beside `pg_current_wal_insert_lsn()` does not promise that: a transaction writes its commit record
 //! first and becomes visible only when that is flushed, or even confirmed by a standby.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use tracing::info;
 
 use super::catalog::Table;
@@ -14,6 +16,9 @@ use super::conn::sql_error;
 use super::wire::{Wire, WireError, ident, literal};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
+
+/// How long a session waits for the locks of the tables that it is to read.
+const LOCK_PATIENCE_SECONDS: u32 = 10;
 
 /// What becomes of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,10 +65,12 @@ pub async fn new_slot(wire: &mut Wire, slot: &str, kind: Kind) -> Result<(Lsn, S
 /// The files of tables at a moment. A table that is rewritten, or emptied by TRUNCATE, has others from then on, and looks empty in
 /// every snapshot from before. A lock that is taken before the snapshot is made would keep that away too, but a transaction that
 /// waits for it would hold up the slot, which waits for that transaction.
+#[derive(Clone)]
 pub struct Files {
     oids: Vec<u32>,
     sources: Vec<String>,
-    found: String,
+    /// Oid and file of each table and partition.
+    found: BTreeSet<String>,
 }
 
 impl Files {
@@ -79,19 +86,36 @@ impl Files {
     }
 
     /// Gives the session's transaction, which has just begun, the snapshot, and locks the tables against what it could not see.
+    /// Each session that reads in the snapshot has to: another one's locks may end before it does. (A partition that is new has
+    /// its rows from within the snapshot or from the stream.)
     ///
     /// # Errors
-    /// [`Error::Refused`] when a table has been rewritten since its files were noted; [`Error::Unreachable`].
+    /// [`Error::Refused`] when a table has been rewritten since its files were noted; [`Error::Unreachable`], also when
+    /// another transaction is in the way: it may wait for a session of ours that has entered before, and has to go first.
     pub async fn enter(&self, client: &Client, snapshot: &str) -> Result<()> {
-        let import = format!("SET TRANSACTION SNAPSHOT {};{}", literal(snapshot), lock(&self.sources));
-        client.batch_execute(&import).await.map_err(|e| failed(&e))?;
-        if now(client, &self.oids).await? == self.found {
+        let import = format!(
+            "SET TRANSACTION SNAPSHOT {}; SET LOCAL lock_timeout = '{LOCK_PATIENCE_SECONDS}s'; {}; \
+             SET LOCAL lock_timeout TO DEFAULT",
+            literal(snapshot),
+            lock(&self.sources)
+        );
+        client.batch_execute(&import).await.map_err(|e| match e.code() {
+            Some(&SqlState::LOCK_NOT_AVAILABLE) => Error::unreachable(
+                "Postgres",
+                format!(
+                    "another transaction locks one of {}, or waits for a lock of it (see pg_locks): it goes first",
+                    self.sources.join(", ")
+                ),
+            ),
+            _ => failed(&e),
+        })?;
+        if now(client, &self.oids).await?.is_superset(&self.found) {
             return Ok(());
         }
         Err(Error::refused(
             "snapshot",
             format!(
-                "one of {} was rewritten or truncated, or got or lost a partition, while the snapshot was made",
+                "one of {} was rewritten or truncated, or lost a partition, while the snapshot was made",
                 self.sources.join(", ")
             ),
             "tables that stay as they are for that moment",
@@ -106,12 +130,12 @@ pub fn lock(sources: &[String]) -> String {
 }
 
 /// As they are now, whatever the session's transaction sees.
-async fn now(client: &Client, oids: &[u32]) -> Result<String> {
-    let sql = "SELECT coalesce(string_agg(f.oid::text || '/' || coalesce(pg_catalog.pg_relation_filenode(f.oid)::text, ''), ' ' \
-                   ORDER BY f.oid), '') \
+async fn now(client: &Client, oids: &[u32]) -> Result<BTreeSet<String>> {
+    let sql = "SELECT f.oid::text || '/' || coalesce(pg_catalog.pg_relation_filenode(f.oid)::text, '') \
                FROM (SELECT unnest($1::oid[]) AS oid UNION \
                    SELECT t.relid FROM unnest($1::oid[]) AS o(oid), pg_catalog.pg_partition_tree(o.oid) AS t) AS f";
-    Ok(client.query_one(sql, &[&oids]).await.map_err(|e| failed(&e))?.get(0))
+    let rows = client.query(sql, &[&oids]).await.map_err(|e| failed(&e))?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 fn failed(e: &tokio_postgres::Error) -> Error {
