@@ -141,6 +141,11 @@ pub struct Commit {
     pub ts: i64,
 }
 
+impl Commit {
+    /// Stands where there has been no transaction with rows yet.
+    pub const NONE: Self = Self { lsn: Lsn(0), ts: 0 };
+}
+
 /// How far something (a sink, the lookup state) has got.
 ///
 /// Everything committed below `resume` is in; of the transaction at `partial`, the rows up to that ordinal are in as well.

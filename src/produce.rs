@@ -188,7 +188,9 @@ async fn run_session(world: &World, mut session: Session, mut until: Option<&mut
                     Ok(Some(until::Reached::ReadAgain)) => break Ok(End::Again(None)),
                     Ok(Some(until::Reached::ReadInText)) => break Ok(End::Again(Some(WireForm::Text))),
                     Err(error @ Error::Refused(_)) => {
-                        keep(world, &mut session).await;
+                        if session.walk.history.is_proven() {
+                            keep(world, &mut session).await;
+                        }
                         break Err(error);
                     }
                     Err(error) => break Err(error),

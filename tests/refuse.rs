@@ -1,7 +1,7 @@
 //! What `falaj produce` refuses: with which code and words, and that it has written nothing and moved nothing.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -140,36 +140,100 @@ async fn a_position_ahead_of_the_server() {
     must_refuse(&p, &["sink_position", "archive stands at FFFF/0"]).await;
 }
 
-/// The server's files are set back to an older state, and it goes on until its WAL is longer than before: by identity, timeline
-/// and LSNs it is the same.
+/// A server whose files are set back to an older state, and which goes on until its WAL is longer than before: by identity,
+/// timeline and LSNs it is the same.
+struct SetBack {
+    stack: Stack,
+    data: PathBuf,
+    copy: PathBuf,
+}
+
+impl SetBack {
+    async fn new(name: &str) -> (Self, Pipeline) {
+        let stack = Stack::up(name, &["postgres"]);
+        let p = Pipeline::on(Servers::shared().with(stack.addresses()), name).await;
+        let data = stack.dir().join("postgres").canonicalize().unwrap().join("data");
+        let copy = data.with_file_name("copy");
+        (Self { stack, data, copy }, p)
+    }
+
+    /// Between the server's end and its next start.
+    async fn meanwhile(&self, p: Pipeline, command: String) -> Pipeline {
+        self.stack.call(&["stop", "postgres"]);
+        assert!(Command::new("sh").args(["-c", &command]).status().unwrap().success());
+        self.stack.call(&["up", "postgres"]);
+        p.reconnect().await
+    }
+
+    async fn copy(&self, p: Pipeline) -> Pipeline {
+        self.meanwhile(p, format!("cp -a {} {}", self.data.display(), self.copy.display())).await
+    }
+
+    /// Until the new history has rows behind `stood`.
+    async fn set_back_and_go_on(&self, p: Pipeline, stood: Lsn) -> Pipeline {
+        let p = self.meanwhile(p, format!("rm -r {0} && mv {1} {0}", self.data.display(), self.copy.display())).await;
+        assert!(p.lsn().await < stood);
+        while p.lsn().await < stood {
+            rows(&p).await;
+        }
+        rows(&p).await;
+        p
+    }
+}
+
+const RESTORED: [&str; 2] = ["sink_position", "restored from an older state of its files"];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_was_set_back_and_went_on() {
-    let stack = Stack::up("setback", &["postgres"]);
-    let mut p = Pipeline::on(Servers::shared().with(stack.addresses()), "setback").await;
-    let data = stack.dir().join("postgres").canonicalize().unwrap().join("data");
-    let copy = data.with_file_name("copy");
-    let shell = |command: String| assert!(Command::new("sh").args(["-c", &command]).status().unwrap().success());
+    let (server, mut p) = SetBack::new("setback").await;
     rows(&p).await;
     p.produce().await;
-    stack.call(&["stop", "postgres"]);
-    shell(format!("cp -a {} {}", data.display(), copy.display()));
-    stack.call(&["up", "postgres"]);
-    p = p.reconnect().await;
+    p = server.copy(p).await;
     rows(&p).await;
     let stood = p.produce().await;
     p.produce().await;
-    stack.call(&["stop", "postgres"]);
-    shell(format!("rm -r {0} && mv {1} {0}", data.display(), copy.display()));
-    stack.call(&["up", "postgres"]);
-    p = p.reconnect().await;
-    assert!(p.lsn().await < stood);
-    while p.lsn().await < stood {
-        rows(&p).await;
-    }
-    rows(&p).await;
+    p = server.set_back_and_go_on(p, stood).await;
     for _ in 0..2 {
-        must_refuse(&p, &["sink_position", "restored from an older state of its files"]).await;
+        must_refuse(&p, &RESTORED).await;
     }
+}
+
+/// The sinks' last transaction is in what was set back too; behind it they have an idle position alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_set_back_to_where_the_sinks_had_nothing_more() {
+    for idle_from_the_start in [false, true] {
+        let (server, mut p) = SetBack::new(&format!("setidle{idle_from_the_start}").to_lowercase()).await;
+        if !idle_from_the_start {
+            rows(&p).await;
+        }
+        p.produce().await;
+        p = server.copy(p).await;
+        p.run("CREATE TABLE unpublished AS SELECT g, repeat('x', 100) FROM generate_series(1, 20000) AS g").await;
+        let stood = p.produce().await;
+        p = server.set_back_and_go_on(p, stood).await;
+        for _ in 0..2 {
+            must_refuse(&p, &RESTORED).await;
+        }
+    }
+}
+
+/// What is refused in the end because one sink has another history is not given to the one that is behind it either.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_set_back_gives_nothing_to_the_sink_that_is_behind() {
+    let (server, mut p) = SetBack::new("setbehind").await;
+    rows(&p).await;
+    p.produce().await;
+    p = server.copy(p).await;
+    rows(&p).await;
+    let stood = p.lsn().await;
+    p.produce_until(stood, &["--sinks", "kafka"]).await;
+    p = server.set_back_and_go_on(p, stood).await;
+    p.set("FALAJ_ARCHIVE__SEAL_AFTER", "1ms");
+    must_refuse(&p, &RESTORED).await;
+    // The one that knows may even be left out.
+    let before = trace(&p).await;
+    let ended = p.start(&["produce", "--sinks", "archive"]).end().await;
+    assert_eq!((ended.code, trace(&p).await), (Some(78), before), "{}", ended.log);
 }
 
 /// What the one has must come again, and does not hold back what the other gets meanwhile.

@@ -29,7 +29,7 @@ impl Outlet {
         self.count += 1;
         self.marks.add(self.count, mark);
         let checkpoint = Checkpoint::whole(Lsn(self.count));
-        if now { self.sink.flush(checkpoint).await } else { self.sink.mark(checkpoint).await }
+        if now { self.sink.flush(checkpoint).await } else { self.sink.mark(checkpoint, true).await }
     }
 
     /// Waits until everything that was marked is stored. The last mark was to be stored at once.

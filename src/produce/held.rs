@@ -106,7 +106,7 @@ impl Held {
         let origin = require_header(&config.state.dir)?.origin;
         let tables = config.sources(catalog::published_names(&self.client, &config.postgres.publication).await?)?;
         let (mut outlets, mut from, mut have) = (Outlets::default(), None::<Checkpoint>, None::<Checkpoint>);
-        let mut commits = Vec::new();
+        let mut positions = Vec::new();
         for name in &config.produce.sinks {
             let ours = chosen.contains(name);
             let (label, position) = if ours {
@@ -121,7 +121,7 @@ impl Held {
                 (label, position)
             };
             let position = position.map(Stored::checkpoint);
-            commits.extend(position.filter(|_| ours).and_then(|position| position.commit));
+            positions.push(position);
             if let Some(ahead) = position.filter(|position| replaying && position.resume > server) {
                 return Err(Error::unreachable(
                     "the standby",
@@ -133,7 +133,7 @@ impl Held {
             have = if ours { Some(have.map_or(at, |lowest| lowest.min(at))) } else { have };
         }
         outlets.sinks.sort_by_key(|sink| !sink.may_refuse());
-        outlets.history = History::new(commits, confirmed);
+        outlets.history = History::new(&positions, confirmed);
         let from = from.unwrap_or(Checkpoint::whole(confirmed));
         Ok((outlets, from, have.unwrap_or(Checkpoint::whole(Lsn(0)))))
     }

@@ -86,13 +86,15 @@ impl Session {
         // The log is written ahead of the sinks: after a crash the lookup state reaches at least as far as each of them.
         self.walk.enricher.sync()?;
         let checkpoint = self.walk.checkpoint();
-        let wanted = self.walk.take_wanted() && checkpoint.partial.is_none();
+        // A sink that is behind another one gets what may turn out to be of another history: not before it has to.
+        let proven = self.walk.history.is_proven();
+        let wanted = proven && self.walk.take_wanted() && checkpoint.partial.is_none();
         for sink in &mut self.outlets.sinks {
             let behind = !sink.stored().checkpoint().covers(checkpoint);
-            if behind && (wanted || (rest && sink.is_empty() && checkpoint.partial.is_none())) {
+            if behind && proven && (wanted || (rest && sink.is_empty() && checkpoint.partial.is_none())) {
                 sink.flush(checkpoint).await?;
             } else {
-                sink.mark(checkpoint).await?;
+                sink.mark(checkpoint, proven).await?;
             }
         }
         Ok(())

@@ -36,7 +36,7 @@ impl Until {
 
     /// A transaction opens; `resume` is the end of the one before.
     pub(super) fn begin(&self, commit_lsn: Lsn, resume: Lsn) -> Option<Reached> {
-        if commit_lsn.0 + SHORTEST_COMMIT > self.lsn.0 {
+        if commit_lsn.0.saturating_add(SHORTEST_COMMIT) > self.lsn.0 {
             return Some(Reached::End(self.lsn.min(commit_lsn).max(resume)));
         }
         (self.beyond == Some(commit_lsn)).then_some(Reached::End(resume))

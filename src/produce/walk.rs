@@ -362,6 +362,7 @@ impl Walk {
     }
 
     fn change(&mut self, change: &Change<'_>, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
+        self.history.has_row(Commit { lsn: change.at.commit_lsn, ts: change.commit_ts })?;
         let Some(known) = self.layouts.get(&change.relation) else {
             return Err(Error::Fatal(format!(
                 "{}: a row of relation {} before its schema",
@@ -385,7 +386,6 @@ impl Walk {
             self.enricher.fold(lookup, &known.relation, change)?;
         }
         self.last = Some(change.at);
-        self.history.last = Some(Commit { lsn: change.at.commit_lsn, ts: change.commit_ts });
         self.events += 1;
         Ok(())
     }

@@ -100,7 +100,7 @@ async fn feed(walk: &mut Walk<'_>, sink: &mut dyn Sink, had: Option<Checkpoint>)
         }
         if (pushed.0 >= MARK_EVERY || pushed.1 >= MARK_BYTES) && last < Some(item.event.at) {
             pushed = (0, 0);
-            sink.mark(at(last)).await?;
+            sink.mark(at(last), true).await?;
         }
         if prepared.insert(item.event.layout.generation) {
             sink.prepare(item.event.layout).await?;

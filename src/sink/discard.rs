@@ -33,7 +33,7 @@ impl Sink for Discard {
         event.write_json(&mut self.buffer).map_err(failed)
     }
 
-    async fn mark(&mut self, _: Checkpoint) -> Result<()> {
+    async fn mark(&mut self, _: Checkpoint, _: bool) -> Result<()> {
         Ok(())
     }
 

@@ -154,7 +154,8 @@ impl Sink for KafkaSink {
         true
     }
 
-    async fn mark(&mut self, checkpoint: Checkpoint) -> Result<()> {
+    /// What is not proven goes its way too: the broker rolls back what stays open.
+    async fn mark(&mut self, checkpoint: Checkpoint, _: bool) -> Result<()> {
         let checkpoint = checkpoint.max(self.start);
         let whole = checkpoint.partial.is_none();
         // The end of a transaction has no rows of its own; without it the last ones would wait for what comes next.

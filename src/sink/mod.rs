@@ -80,8 +80,9 @@ pub trait Sink: Send {
     }
 
     /// Everything up to `checkpoint` has been pushed. The sink hands over, commits or seals what is due, and waits
-    /// while its queue is full.
-    async fn mark(&mut self, checkpoint: Checkpoint) -> Result<()>;
+    /// while its queue is full. What is not `proven` (it may be of another history) is due by its size alone, where the sink can
+    /// hold it.
+    async fn mark(&mut self, checkpoint: Checkpoint, proven: bool) -> Result<()>;
 
     /// Like [`Sink::mark`], and makes all of it durable now, even if it is nothing but the position.
     async fn flush(&mut self, checkpoint: Checkpoint) -> Result<()>;

@@ -142,11 +142,11 @@ impl Sink for ParquetSink {
         Ok(())
     }
 
-    async fn mark(&mut self, checkpoint: Checkpoint) -> Result<()> {
+    async fn mark(&mut self, checkpoint: Checkpoint, proven: bool) -> Result<()> {
         let checkpoint = checkpoint.max(self.start);
         self.hand_over().await?;
         let Some(open) = &self.open else { return Ok(()) };
-        let old = checkpoint.partial.is_none() && open.since.elapsed() >= self.seal_after;
+        let old = proven && checkpoint.partial.is_none() && open.since.elapsed() >= self.seal_after;
         if old || self.encoded.of(self.batch) >= self.seal_bytes {
             return self.flush(checkpoint).await;
         }
