@@ -398,6 +398,20 @@ async fn init_snapshot_that_is_killed_goes_on_and_folds_to_the_source() {
     assert_eq!(fold(p.rows("item")), expected);
 }
 
+/// Rows that were deleted since the first copy would stay for ever, and the others come twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn init_snapshot_is_not_begun_anew_over_the_rows_of_a_slot_that_is_gone() {
+    let mut p = with_items("bsnapgone", 10, KEYED).await;
+    p.start(&["init", "--yes", "--snapshot"]).ends_well().await;
+    p.run(&format!("SELECT pg_drop_replication_slot('{}'); DELETE FROM item WHERE id = 7", p.name)).await;
+    for (sink, word) in [("kafka", "kafka has rows"), ("archive", "archive has rows")] {
+        p.set("FALAJ_PRODUCE__SINKS", sink);
+        let again = p.start(&["init", "--yes", "--snapshot"]).end().await;
+        assert!(again.code == Some(78) && again.log.contains(word), "{}", again.log);
+    }
+    assert_eq!(keys(&p.values("item").await), (1..=10).collect::<Vec<_>>());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn init_snapshot_of_a_slot_that_exists_is_refused() {
     let p = with_items("bsnaplate", 10, KEYED).await;

@@ -124,6 +124,30 @@ async fn a_pipeline_that_is_pointed_to_the_archive_of_another_one_disturbs_it_no
     assert_eq!(p.rows("engagement_events"), p.values("engagement_events").await);
 }
 
+/// A staging server with the names of production, and by mistake with its brokers.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipeline_that_is_pointed_to_the_topics_of_another_one_disturbs_it_not() {
+    let p = streamed("brokers").await;
+    let stack = Stack::up("brokers", &["postgres"]);
+    let mut other = Pipeline::on(Servers::shared().with(stack.addresses()), "staging").await;
+    rows(&other).await;
+    other.run(&format!("SELECT pg_create_logical_replication_slot('{}', 'pgoutput')", p.name)).await;
+    other.set("FALAJ_PIPELINE", &p.name);
+    other.set("FALAJ_POSTGRES__SLOT", &p.name);
+    let produce = p.start(&["produce"]);
+    p.streams("").await;
+    let before = kafka::ends_of_all(&p.config, &p.config.topic("engagement_events")).await;
+    for verb in [&["produce"][..], &["backfill", "engagement_events"]] {
+        let ended = other.start(verb).end().await;
+        assert!(ended.code == Some(78) && ended.log.contains("kafka_position"), "{verb:?}: {}", ended.log);
+    }
+    assert_eq!(kafka::ends_of_all(&p.config, &p.config.topic("engagement_events")).await, before);
+    rows(&p).await;
+    until("it goes on", async || p.records("engagement_events").await.len() == 200).await;
+    produce.drains().await;
+    assert_eq!(p.rows("engagement_events"), p.values("engagement_events").await);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_position_ahead_of_the_server() {
     let p = streamed("ahead").await;

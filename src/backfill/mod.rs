@@ -36,6 +36,7 @@ use crate::source::slot;
 use crate::source::snapshot::Files;
 use crate::world::{START_PATIENCE, World, backoff, print};
 use lane::{Copied, Lane, Shared};
+pub(crate) use outlet::has_history;
 use outlet::{Fenced, Outlet};
 use pace::{Pace, Progress};
 use plan::{Mark, Plan};

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio_util::sync::CancellationToken;
 
 use super::plan::Mark;
+use crate::archive::{self, Batch};
 use crate::config::{Config, SinkName};
 use crate::error::{Error, Result};
 use crate::event::Layout;
@@ -79,6 +80,14 @@ pub(super) async fn marks(config: &Arc<Config>, settled: Option<&CancellationTok
     Ok(all)
 }
 
+/// Whether a sink holds rows that any backfill for the slot's name has copied.
+pub(crate) async fn has_history(sink: SinkName, config: &Arc<Config>) -> Result<bool> {
+    Ok(match sink {
+        SinkName::Kafka => !kafka::read_history(config, Mark::prefix(&config.postgres.slot), None).await?.is_empty(),
+        SinkName::Archive => archive::list(&config.archive.dir)?.iter().any(Batch::is_history),
+    })
+}
+
 /// The configured sinks, taken over from whoever wrote history there before.
 pub(super) struct Fenced {
     kafka: Vec<kafka::Fenced>,
@@ -89,7 +98,8 @@ impl Fenced {
     /// Fences the sinks for `lanes` lanes. `tables` are those that will be copied.
     pub async fn take(config: &Arc<Config>, identity: &SlotIdentity, lanes: usize, tables: &[String]) -> Result<Self> {
         let has = |name| config.produce.sinks.contains(&name);
-        let kafka = if has(SinkName::Kafka) { kafka::fence(config, lanes, tables).await? } else { Vec::new() };
+        let kafka =
+            if has(SinkName::Kafka) { kafka::fence(config, identity, lanes, tables).await? } else { Vec::new() };
         let work = if has(SinkName::Archive) { Some(parquet::fence(config, identity)?) } else { None };
         Ok(Self { kafka, work })
     }

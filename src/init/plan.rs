@@ -273,22 +273,41 @@ impl Plan {
     /// A new slot goes on from no position: `produce` would refuse it, and a copy would be made into sinks that have the rows.
     async fn require_no_position(&self, world: &World, slot: &str) -> Result<()> {
         let sinks = world.at_start("kafka", || self.sinks(world)).await?;
-        match sinks.into_iter().find_map(|(sink, position)| Some((sink, position?.checkpoint()))) {
-            None => Ok(()),
-            Some((sink, position)) => Err(Error::refused(
+        let refuse = |found: String| {
+            Err(Error::refused(
                 "sink_position",
-                format!("no slot \"{slot}\", and {sink} stands at {} of one that has gone", position.resume),
-                "for a new slot, sinks without a position: what came since is in no sink, and what is copied now may be in them",
+                format!("no slot \"{slot}\", and {found} of one that has gone"),
+                "for a new slot, sinks without a position and without copied rows: what came since is in no sink, and what is \
+                 copied now may be in them",
                 ANEW,
-            )),
+            ))
+        };
+        if let Some((sink, position)) =
+            sinks.into_iter().find_map(|(sink, position)| Some((sink, position?.checkpoint())))
+        {
+            return refuse(format!("{sink} stands at {}", position.resume));
         }
+        for name in &world.config.produce.sinks {
+            let is_new = *name == SinkName::Kafka && self.makes_checkpoint_topic(&world.config);
+            if !is_new && backfill::has_history(*name, &world.config).await? {
+                return refuse(format!(
+                    "{} has rows that were copied from the snapshot",
+                    format!("{name:?}").to_lowercase()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn makes_checkpoint_topic(&self, config: &Config) -> bool {
+        let checkpoint = config.checkpoint_topic();
+        self.steps.iter().any(|step| matches!(step, Step::Topic { name, .. } if *name == checkpoint))
     }
 
     /// The positions of the configured sinks; a topic that is still to be made has none.
     async fn sinks(&self, world: &World) -> Result<Vec<(&'static str, Option<Stored>)>> {
         let config = &world.config;
-        let checkpoint = config.checkpoint_topic();
-        let is_new = self.steps.iter().any(|step| matches!(step, Step::Topic { name, .. } if *name == checkpoint));
+        let is_new = self.makes_checkpoint_topic(config);
         let mut found = Vec::new();
         for name in &config.produce.sinks {
             found.push(match name {

@@ -81,6 +81,8 @@ pub async fn open(
         let producer = producer(&c, &id.slot)?;
         let topics = kafka::topics_of(&c.kafka, producer.client(), kafka::TIMEOUT)?;
         needed.iter().try_for_each(|topic| require(&topics, topic))?;
+        // Whose topics they are comes first: the owner of others is not put out of them.
+        read_position(&c, &id, None)?;
         producer.init_transactions(kafka::TIMEOUT).map_err(|e| kafka::error(&c.kafka, &e))?;
         let position = read_position(&c, &id, Some(&stop))?;
         Ok((producer, position))

@@ -9,13 +9,13 @@ use rdkafka::producer::{BaseProducer, Producer};
 use tokio_util::sync::CancellationToken;
 
 use super::commit::{Progress, producer};
-use super::position::{consumer, require, scan};
+use super::position::{consumer, read_position, require, scan};
 use super::reports::Reports;
 use super::{KafkaSink, require_room};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kafka::{self, settle};
-use crate::lsn::{Checkpoint, Lsn};
+use crate::lsn::{Checkpoint, Lsn, SlotIdentity};
 use crate::sink::Sink;
 
 /// The producer of one lane. Whoever had it before can write no more, and what he left open is rolled back.
@@ -28,13 +28,20 @@ pub struct Fenced {
 /// Takes the producers of all lanes over. `tables` are those that will be copied: each needs its topic.
 ///
 /// # Errors
-/// As the sink's own: [`Error::Refused`] for rights or an absent topic; [`Error::Unreachable`] without a broker.
-pub async fn fence(config: &Arc<Config>, lanes: usize, tables: &[String]) -> Result<Vec<Fenced>> {
+/// As the sink's own: [`Error::Refused`] for rights, an absent topic or a foreign checkpoint; [`Error::Unreachable`] without a broker.
+pub async fn fence(
+    config: &Arc<Config>,
+    identity: &SlotIdentity,
+    lanes: usize,
+    tables: &[String],
+) -> Result<Vec<Fenced>> {
     let known: BTreeSet<String> = tables.iter().map(|table| config.topic(table)).collect();
-    let (c, needed) = (Arc::clone(config), known.clone());
+    let (c, id, needed) = (Arc::clone(config), identity.clone(), known.clone());
     let check = move || {
         let topics = kafka::topics(&c.kafka, kafka::TIMEOUT)?;
-        [c.checkpoint_topic()].iter().chain(&needed).try_for_each(|topic| require(&topics, topic))
+        [c.checkpoint_topic()].iter().chain(&needed).try_for_each(|topic| require(&topics, topic))?;
+        // Whose topics they are comes first: the owner of others is not put out of them.
+        read_position(&c, &id, None).map(drop)
     };
     blocking(check).await?;
     require_room(config, &known.iter().cloned().collect::<Vec<_>>()).await?;
