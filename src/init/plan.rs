@@ -17,7 +17,7 @@ use crate::check::role::{self, Role};
 use crate::cli;
 use crate::config::{Config, SinkName};
 use crate::enrich::state::{self, BaseHeader};
-use crate::error::{Error, Result};
+use crate::error::{Error, Refusal, Result};
 use crate::kafka;
 use crate::lsn::{Lsn, SlotIdentity};
 use crate::produce;
@@ -26,7 +26,7 @@ use crate::source::catalog::{self, Table};
 use crate::source::conn::{Conninfo, sql_error};
 use crate::source::slot::{self, ANEW};
 use crate::source::snapshot::{self, Files, Kind};
-use crate::source::wire::{Wire, ident};
+use crate::source::wire::{Wire, ident, literal};
 use crate::world::{World, print};
 
 /// The tables of the engagement schema.
@@ -236,7 +236,7 @@ impl Plan {
             return Ok(());
         }
         if !adopt {
-            return Err(require::unknown_state(&config.state.dir, &name));
+            return Err(self.no_state(world, &name).await);
         }
         if let Some(pid) = found.active_pid {
             return Err(Error::refused(
@@ -253,6 +253,24 @@ impl Plan {
         };
         self.steps.push(Step::Adopt { name, state, confirmed, origin });
         Ok(())
+    }
+
+    /// A slot without lookup rows: lost ones, or an `init` that was killed before it had them. No sink has anything then.
+    async fn no_state(&self, world: &World, slot: &str) -> Error {
+        let lost = require::unknown_state(&world.config.state.dir, slot);
+        match (self.require_no_position(world, slot).await, lost) {
+            (Ok(()), Error::Refused(lost)) => {
+                let anew = format!(
+                    "after an init that was killed, SELECT pg_drop_replication_slot({}), then the same command (no sink has \
+                     anything of this slot). Otherwise {}",
+                    literal(slot),
+                    lost.fix
+                );
+                Error::Refused(Refusal { fix: anew, ..lost })
+            }
+            (Ok(()) | Err(Error::Refused(_)), lost) => lost,
+            (Err(error), _) => error,
+        }
     }
 
     /// Where sinks without a position may begin, when nobody knows where the slot began: an adoption must not make a lost sink
@@ -376,9 +394,9 @@ impl Plan {
             }
             Err(error) => return Err(error),
         };
-        backfill::forget(&config.state.dir)?;
         let mut source = None;
         let write = async {
+            backfill::forget(&config.state.dir)?;
             if let (Some((client, files)), Some(copied)) = (reader, &copied) {
                 files.enter(&client, &snapshot).await?;
                 let copying = Source::new(&self.conninfo, (client, files), at, &snapshot, &self.identity);

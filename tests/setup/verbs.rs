@@ -300,6 +300,28 @@ async fn a_state_directory_of_another_slot_is_never_overwritten() {
     place.leave().await;
 }
 
+/// What an `init` that is killed behind its slot leaves.
+#[tokio::test]
+async fn a_slot_without_lookup_rows_may_be_dropped_where_no_sink_has_anything() {
+    let place = Place::new("killed").await;
+    let init = ["init", "--yes", "--with-tables"];
+    assert_eq!(place.falaj(&init).status.code(), Some(0));
+    fs::remove_dir_all(place.state()).unwrap();
+    let drop = format!("SELECT pg_drop_replication_slot('{}')", place.name);
+    let refused = place.falaj(&init);
+    assert!(refused.status.code() == Some(78) && stderr(&refused).contains(&drop), "{}", stderr(&refused));
+    place.sql().await.batch_execute(&drop).await.unwrap();
+    assert_eq!(place.falaj(&init).status.code(), Some(0));
+    place.sql().await.batch_execute("INSERT INTO public.engagement_events (event_ts) VALUES (now())").await.unwrap();
+    let lsn: String = place.sql().await.query_one("SELECT pg_current_wal_lsn()::text", &[]).await.unwrap().get(0);
+    let produced = place.falaj(&["produce", "--until-lsn", &lsn]);
+    assert_eq!(produced.status.code(), Some(0), "{}", stderr(&produced));
+    fs::remove_dir_all(place.state()).unwrap();
+    let refused = place.falaj(&init);
+    assert!(refused.status.code() == Some(78) && !stderr(&refused).contains("drop"), "{}", stderr(&refused));
+    place.leave().await;
+}
+
 #[tokio::test]
 async fn check_says_found_needed_and_fix_and_nothing_else() {
     let place = Place::new("check").await;

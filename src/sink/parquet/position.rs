@@ -56,7 +56,11 @@ fn remove_work(theirs: &Path, ours: &Path) -> std::io::Result<()> {
     }
 }
 
+/// A full disk and the like may pass by themselves; a directory that must not be written does not.
 pub(super) fn not_writable(dir: &Path, e: &std::io::Error) -> Error {
+    if !matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem | ErrorKind::NotADirectory) {
+        return Error::fatal(format_args!("making a directory in {}", dir.display()), e);
+    }
     Error::refused(
         "archive_dir",
         format!("{}: {e}", dir.display()),
@@ -121,4 +125,16 @@ fn idle_position(dir: &Path, identity: &SlotIdentity) -> Result<Option<Checkpoin
         return Err(refuse(format!("the position of {}", idle.identity)));
     }
     Ok(Some(Checkpoint { lookups: idle.lookups, commit: idle.commit, ..Checkpoint::whole(idle.lsn) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_no_wrong_directory() {
+        let code = |kind: ErrorKind| not_writable(Path::new("archive"), &kind.into()).exit_code();
+        assert_eq!([ErrorKind::PermissionDenied, ErrorKind::ReadOnlyFilesystem].map(code), [78, 78]);
+        assert_eq!([ErrorKind::StorageFull, ErrorKind::QuotaExceeded].map(code), [1, 1]);
+    }
 }
