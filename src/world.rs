@@ -94,10 +94,18 @@ pub fn go_on(stop: &CancellationToken) -> Result<()> {
 /// # Errors
 /// [`Error::Fatal`] when stdout cannot be written.
 pub fn print(text: &str) -> Result<()> {
+    print_on(text).map(drop)
+}
+
+/// As [`print()`]; says whether somebody still reads.
+///
+/// # Errors
+/// As [`print()`].
+pub fn print_on(text: &str) -> Result<bool> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.map_err(|e| Error::fatal("writing to stdout", e)),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        written => written.map(|()| true).map_err(|e| Error::fatal("writing to stdout", e)),
     }
 }
 

@@ -393,3 +393,27 @@ async fn nobody_at_the_address_for_thirty_seconds_is_69() {
     let (code, log) = stage.consume(&[]).end().await;
     assert_eq!((code, log.contains("the outside system at http://127.0.0.1:")), (Some(69), true), "{log}");
 }
+
+/// The old offsets mean nothing in it. What was read of the old one is delivered all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_made_anew_is_delivered_from_its_beginning() {
+    let mut stage = Stage::new("anew", 2, Faults::default()).await;
+    stage.serve_http();
+    stage.send_events(0..10, 4, 2).await;
+    let consume = stage.consume(&[]);
+    stage.peer.has(10).await;
+    stage.peer.go_away().await;
+    stage.send_events(10..30, 4, 2).await;
+    until("20 events wait", async || stage.metric("falaj_external_waiting_events").await == Some(20.0)).await;
+    stage.make_topic_anew(2).await;
+    // More than there were: the old offsets are there.
+    stage.send_events(30..100, 4, 2).await;
+    stage.peer.come_back().await;
+    stage.peer.has(100).await;
+    assert_eq!(stage.peer.mock.received().ids().into_iter().collect::<BTreeSet<_>>(), (0..100).map(id).collect());
+    stage.send_events(100..110, 4, 2).await;
+    stage.peer.has(110).await;
+    until("all is committed", async || stage.committed(2).await == stage.ends(2).await).await;
+    consume.terminate();
+    consume.ends_well().await;
+}

@@ -16,7 +16,7 @@ use super::redis::{ContentRow, DeviceRow, Store, nullable};
 use crate::cli::Board;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::world::{World, print};
+use crate::world::{World, print, print_on};
 
 /// How often `consume` reports.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
@@ -95,7 +95,7 @@ impl Serialize for Thousandths {
 /// Prints the board once, or again and again.
 ///
 /// # Errors
-/// Redis unreachable for 30 s at the start, or refusing; stdout closed.
+/// Redis unreachable for 30 s at the start, or refusing; stdout that cannot be written. Where nobody reads it any more, it ends.
 pub async fn board(world: &World, args: &Board) -> Result<()> {
     let shown = follow(world, args).await;
     if args.follow { world.ended(shown) } else { shown }
@@ -105,8 +105,7 @@ async fn follow(world: &World, args: &Board) -> Result<()> {
     let store = Store::new(&world.config)?;
     let mut view = world.at_start("redis", || read(&store, args.top)).await?;
     loop {
-        show(&view, args)?;
-        if !args.follow || world.pause(FOLLOW_EVERY).await.is_err() {
+        if !show(&view, args)? || !args.follow || world.pause(FOLLOW_EVERY).await.is_err() {
             return Ok(());
         }
         view = world.for_ever("redis", || read(&store, args.top)).await?;
@@ -166,13 +165,14 @@ fn rfc3339(time: Timestamp) -> String {
     format!("{time:.6}")
 }
 
-fn show(view: &BoardView, args: &Board) -> Result<()> {
+/// Says whether somebody still reads.
+fn show(view: &BoardView, args: &Board) -> Result<bool> {
     if args.json {
-        return print(&(json(view)? + "\n"));
+        return print_on(&(json(view)? + "\n"));
     }
     // A followed board stays in its place on a terminal.
     let clear = if args.follow && std::io::stdout().is_terminal() { "\x1b[2J\x1b[H" } else { "" };
-    print(&format!("{clear}{}", table(view)))
+    print_on(&format!("{clear}{}", table(view)))
 }
 
 /// Reports every few seconds what `consume` applied, for ever.

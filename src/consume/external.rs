@@ -9,6 +9,7 @@ mod answer;
 mod dead_letter;
 mod envelope;
 mod group;
+mod identity;
 mod ledger;
 pub(crate) mod peer;
 
@@ -19,14 +20,15 @@ use std::time::{Duration, SystemTime};
 use metrics::{counter, gauge, histogram};
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::cli;
 use crate::error::{Error, Result};
 use crate::world::World;
 use dead_letter::{DeadLetter, DeadLetters};
 use envelope::Content;
-use group::{Group, Next};
+use group::{Group, Next, SharedLedger};
+use identity::Identity;
 use ledger::{Job, Record};
 use peer::{Outcome, Peer};
 
@@ -48,12 +50,12 @@ const LANES: usize = 16;
 /// at the start. Later outages are waited for.
 pub async fn run(world: &World, args: &cli::Consume) -> Result<()> {
     match start(world, args).await {
-        Ok(outlet) => outlet.run().await,
+        Ok((outlet, group)) => outlet.run(group).await,
         Err(e) => world.ended(Err(e)),
     }
 }
 
-async fn start<'a>(world: &'a World, args: &cli::Consume) -> Result<Outlet<'a>> {
+async fn start<'a>(world: &'a World, args: &cli::Consume) -> Result<(Outlet<'a>, Group)> {
     let sender = Sender {
         peer: Peer::new(world)?,
         letters: DeadLetters::new(&world.config.kafka, world.config.dead_letter_topic())?,
@@ -68,17 +70,18 @@ async fn start<'a>(world: &'a World, args: &cli::Consume) -> Result<Outlet<'a>> 
         false => None,
     };
     info!(topic = group.topic(), url = sender.peer.shown_url(), "delivering");
-    Ok(Outlet { world, group, sender: Arc::new(sender), tasks: JoinSet::new(), ends, troubled: false, asked: None })
+    let (sender, tasks, identity) = (Arc::new(sender), JoinSet::new(), Identity::new());
+    Ok((Outlet { world, sender, tasks, ends, identity, troubled: false, asked: None }, group))
 }
 
 /// The read loop with everything it holds.
 struct Outlet<'a> {
     world: &'a World,
-    group: Group,
     sender: Arc<Sender>,
     tasks: JoinSet<Sent>,
     /// With `--until-end`: the last stable offset of each partition, as found at the start.
     ends: Option<BTreeMap<i32, i64>>,
+    identity: Identity,
     /// Kafka has not answered since.
     troubled: bool,
     /// The question whether it answers again, under way.
@@ -86,32 +89,65 @@ struct Outlet<'a> {
 }
 
 impl Outlet<'_> {
-    async fn run(mut self) -> Result<()> {
+    async fn run(mut self, mut group: Group) -> Result<()> {
+        while let Read::Anew = self.read(&group).await? {
+            let topic = group.topic().to_owned();
+            warn!(topic, "the topic was made anew: what is in hand is delivered, then it is read from its beginning");
+            let left = group.give_up().await;
+            if !self.finish(&left).await? {
+                let unfinished = left.lock().unfinished();
+                error!(topic, unfinished, "stopped; these events are in Kafka no more: falaj replay --sink external");
+                return Ok(());
+            }
+            group = Group::join(self.world, TABLE, self.ends.is_some())?;
+            if self.ends.is_some() {
+                self.ends = Some(self.world.for_ever(group::CHECK, || group.ends()).await?);
+            }
+        }
+        self.drain(group).await
+    }
+
+    async fn read(&mut self, group: &Group) -> Result<Read> {
         let mut tick = ticks();
         while !self.world.stop.is_cancelled() {
-            self.launch();
-            self.group.balance()?;
+            self.launch(group.ledger());
+            group.balance()?;
             tokio::select! {
                 () = self.world.stop.cancelled() => {}
-                next = self.group.next() => self.take(next?),
-                Some(sent) = self.tasks.join_next() => self.note(sent)?,
+                next = group.next() => self.take(group, next?),
+                Some(sent) = self.tasks.join_next() => note(group.ledger(), sent)?,
                 _ = tick.tick() => {
-                    self.group.commit();
-                    self.ask().await;
-                    if self.group.ledger().lock().owns_nothing() {
+                    if self.identity.has_changed(group).await {
+                        return Ok(Read::Anew);
+                    }
+                    group.commit();
+                    self.ask(group).await;
+                    if group.ledger().lock().owns_nothing() {
                         self.sender.rest();
                     }
-                    if self.at_end().await? { break }
+                    if self.at_end(group).await? { break }
                 }
             }
         }
-        self.drain().await
+        Ok(Read::Whole)
+    }
+
+    /// Delivers what a ledger still has; `false` when a shutdown comes before.
+    async fn finish(&mut self, left: &SharedLedger) -> Result<bool> {
+        while left.lock().unfinished() > 0 {
+            self.launch(left);
+            tokio::select! {
+                () = self.world.stop.cancelled() => return Ok(false),
+                Some(sent) = self.tasks.join_next() => note(left, sent)?,
+            }
+        }
+        Ok(true)
     }
 
     /// Starts what may be sent now.
-    fn launch(&mut self) {
+    fn launch(&mut self, ledger: &SharedLedger) {
         let lanes = self.world.config.external.in_flight.saturating_mul(LANES);
-        let mut ledger = self.group.ledger().lock();
+        let mut ledger = ledger.lock();
         while self.tasks.len() < lanes {
             let Some(job) = ledger.next_job() else { break };
             self.tasks.spawn(self.sender.clone().send(job));
@@ -119,18 +155,18 @@ impl Outlet<'_> {
         gauge!("falaj_external_waiting_events").set(ledger.unfinished() as f64);
     }
 
-    fn take(&mut self, next: Next) {
+    fn take(&mut self, group: &Group, next: Next) {
         match next {
             Next::Record(record) => {
-                self.admit(record);
+                self.admit(group.ledger(), record);
                 self.answered();
             }
             Next::End(partition) => {
                 // Behind the last event stands the mark of its transaction, which is passed as well: once retention has
                 // deleted that too, the log begins where nothing is missing.
                 let end = self.ends.as_ref().and_then(|ends| ends.get(&partition).copied());
-                if let Some(read) = end.max(self.group.passed(partition)) {
-                    self.group.ledger().lock().reached(partition, read);
+                if let Some(read) = end.max(group.passed(partition)) {
+                    group.ledger().lock().reached(partition, read);
                 }
                 self.answered();
             }
@@ -153,7 +189,7 @@ impl Outlet<'_> {
     }
 
     /// A quiet topic brings nothing that shows that Kafka answers again: it is asked, beside the reading.
-    async fn ask(&mut self) {
+    async fn ask(&mut self, group: &Group) {
         if !self.troubled {
             return;
         }
@@ -162,11 +198,11 @@ impl Outlet<'_> {
         {
             return self.answered();
         }
-        self.asked.get_or_insert_with(|| tokio::spawn(self.group.ends()));
+        self.asked.get_or_insert_with(|| tokio::spawn(group.ends()));
     }
 
-    fn admit(&self, record: Record) {
-        let mut ledger = self.group.ledger().lock();
+    fn admit(&self, ledger: &SharedLedger, record: Record) {
+        let mut ledger = ledger.lock();
         match record.content {
             // A tombstone says nothing that the delete before it has not said.
             _ if record.body.is_none() => ledger.pass(record.partition, record.offset + 1),
@@ -178,43 +214,51 @@ impl Outlet<'_> {
         }
     }
 
-    fn note(&self, sent: Result<Sent, JoinError>) -> Result<()> {
-        let Sent { job, finished } = sent.map_err(|e| Error::fatal("delivering", e))?;
-        if finished? {
-            self.group.ledger().lock().done(&job.record, job.generation);
-        }
-        Ok(())
-    }
-
     /// Whether all that was there at the start is done, here or by another member of the group, and Kafka knows.
-    async fn at_end(&self) -> Result<bool> {
+    async fn at_end(&self, group: &Group) -> Result<bool> {
         let Some(ends) = &self.ends else { return Ok(false) };
-        if ends.iter().any(|(&partition, &end)| self.group.ledger().lock().is_done_to(partition, end) == Some(false)) {
+        if ends.iter().any(|(&partition, &end)| group.ledger().lock().is_done_to(partition, end) == Some(false)) {
             return Ok(false);
         }
-        match self.group.is_done_to(ends).await {
+        match group.is_done_to(ends).await {
             Err(e) if e.is_transient() => Ok(false),
             answer => answer,
         }
     }
 
     /// Lets requests under way finish, commits, leaves the group.
-    async fn drain(mut self) -> Result<()> {
+    async fn drain(mut self, group: Group) -> Result<()> {
         let finish = async {
             while let Some(sent) = self.tasks.join_next().await {
-                self.note(sent)?;
+                note(group.ledger(), sent)?;
             }
             Ok(())
         };
         let outcome = timeout(DRAIN, finish).await;
-        let unfinished = self.group.ledger().lock().unfinished();
+        let unfinished = group.ledger().lock().unfinished();
         self.tasks.abort_all();
-        self.group.leave().await;
+        group.leave().await;
         if unfinished > 0 {
             info!(unfinished, "stopped; these events are delivered after the next start");
         }
         outcome.unwrap_or(Ok(()))
     }
+}
+
+/// How the reading ended.
+enum Read {
+    /// All that was wanted was read, or a shutdown came.
+    Whole,
+    /// The topic is another one.
+    Anew,
+}
+
+fn note(ledger: &SharedLedger, sent: Result<Sent, JoinError>) -> Result<()> {
+    let Sent { job, finished } = sent.map_err(|e| Error::fatal("delivering", e))?;
+    if finished? {
+        ledger.lock().done(&job.record, job.generation);
+    }
+    Ok(())
 }
 
 /// What a delivery needs; shared by all of them.

@@ -1,5 +1,6 @@
 //! Exactly once on the board: through rebalances, kills, lost servers and topics made anew.
 
+use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -253,6 +254,19 @@ fn a_redis_that_hangs_does_not_hold_a_shutdown_back() {
     redis.running.signal("CONT");
     rig.consume_until_end();
     rig.assert_board();
+}
+
+#[test]
+fn a_followed_board_ends_with_its_reader() {
+    let (mut rig, mut load) = (Rig::new("reader"), Load::new(3));
+    rig.write(&load.events(10));
+    rig.consume_until_end();
+    let mut follower = rig.command(&["board", "--follow", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut out = BufReader::new(follower.stdout.take().unwrap());
+    assert!(out.read_line(&mut String::new()).unwrap() > 0);
+    drop(out);
+    eventually("it ends", || follower.try_wait().unwrap().is_some());
+    assert_eq!(follower.wait().unwrap().code(), Some(0));
 }
 
 #[test]

@@ -101,6 +101,14 @@ impl Stage {
         self
     }
 
+    /// Removes the topic of events and makes it again.
+    pub async fn make_topic_anew(&self, partitions: i32) {
+        let (kafka, topic) = (&self.config.kafka, self.topic());
+        kafka::admin(kafka).unwrap().delete_topics(&[&topic], &AdminOptions::new()).await.unwrap();
+        until("the topic is gone", async || kafka::partitions(kafka, &topic).is_ok_and(|n| n.is_none())).await;
+        kafka::create_topic(kafka, &topic, partitions, &[]).await.unwrap();
+    }
+
     /// Without any topic.
     pub async fn bare(name: &str, faults: Faults) -> Self {
         let servers = std::env::var(KAFKA)

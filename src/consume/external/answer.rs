@@ -9,14 +9,16 @@
 //! | any other 4xx | dead letter |
 
 use std::borrow::Cow;
+use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use serde::Deserialize;
-use serde_json::value::RawValue;
+use serde::Deserializer;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde_json::Value;
 
 /// `Retry-After` is honoured up to here; a peer that asks for more is asked again after this time.
 pub const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
-/// How much of an answer's body is read. Whether a larger one says "error" cannot be told, so that it counts as one.
+/// How much of an answer's body is read. One whose `status` does not stand there cannot be told, and counts as an error.
 pub const LONGEST_BODY: usize = 1 << 20;
 /// How much of an answer's body stands in a reason.
 const QUOTED: usize = 300;
@@ -81,17 +83,42 @@ fn redirect(answer: &Answer<'_>) -> Verdict {
 
 /// Whether the body is a JSON object whose `status` is `"error"`. Any other body, also none, is no error.
 fn says_error(body: &[u8]) -> bool {
-    #[derive(Deserialize)]
-    struct Body<'a> {
-        #[serde(borrow)]
-        status: Option<&'a RawValue>,
+    let text = body.strip_prefix(BOM).unwrap_or(body);
+    let object = text.trim_ascii_start().starts_with(b"{");
+    let mut status = None;
+    let mut json = serde_json::Deserializer::from_slice(text);
+    let read = json.deserialize_map(Status(&mut status)).and_then(|()| json.end());
+    let whole = body.len() < LONGEST_BODY;
+    match (status, read) {
+        _ if !object => false,
+        // A body that is no JSON in the end says nothing.
+        (Some(status), read) => status == "error" && (read.is_ok() || !whole),
+        (None, _) => !whole,
     }
-    if body.len() >= LONGEST_BODY {
-        return true;
+}
+
+/// Before a body of UTF-8, by some who write it.
+const BOM: &[u8] = b"\xEF\xBB\xBF";
+
+/// Takes the `status` of an object, also of one that is cut off behind it.
+struct Status<'a>(&'a mut Option<Value>);
+
+impl<'de> Visitor<'de> for Status<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
     }
-    let object = body.trim_ascii_start().starts_with(b"{");
-    let status = serde_json::from_slice::<Body<'_>>(body).ok().filter(|_| object).and_then(|b| b.status);
-    status.and_then(|s| serde_json::from_str::<Cow<'_, str>>(s.get()).ok()).is_some_and(|s| s == "error")
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key::<Cow<'_, str>>()? {
+            match key == "status" {
+                true => *self.0 = Some(map.next_value()?),
+                false => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Seconds or an HTTP date (RFC 9110, 10.2.3), at most [`LONGEST_RETRY_AFTER`]; anything else is as if absent.
@@ -128,6 +155,24 @@ mod tests {
         for body in [r#"{"status":"error"}"#, " {\"a\":[1],\"status\" : \"err\\u006fr\",\"message\":\"no\"}"] {
             assert!(matches!(verdict(200, body), Verdict::Error(reason) if reason.starts_with("HTTP 200: ")), "{body}");
         }
+    }
+
+    #[test]
+    fn a_byte_order_mark_or_a_long_body_hides_nothing() {
+        assert!(matches!(verdict(200, "\u{feff}{\"status\":\"error\"}"), Verdict::Error(_)));
+        let long = |before: &str, after: &str| {
+            let body = format!("{{{before}\"x\":\"{}\"{after}}}", "é".repeat(LONGEST_BODY));
+            judge(
+                &Answer { status: 200, body: &body.as_bytes()[..LONGEST_BODY], ..Answer::default() },
+                SystemTime::now(),
+            )
+        };
+        assert_eq!(long("\"status\":\"ok\",", ""), Verdict::Delivered);
+        assert!(matches!(long("\"status\":\"error\",", ""), Verdict::Error(_)));
+        // It may stand in what was not read.
+        assert!(matches!(long("", ",\"status\":\"error\""), Verdict::Error(_)));
+        let page = "<".repeat(LONGEST_BODY);
+        assert_eq!(verdict(200, &page), Verdict::Delivered);
     }
 
     #[test]

@@ -24,6 +24,9 @@ use crate::world::World;
 pub const CHECK: &str = "kafka_external";
 /// How long the last commit and leaving the group may take at a shutdown.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// How often the offsets in a topic that was made anew are set again where the group is between two states, and how long after.
+const TRIES: usize = 20;
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// What the read loop sees next.
 pub enum Next {
@@ -195,6 +198,42 @@ impl Group {
         if tokio::time::timeout(FAREWELL, work).await.is_err() {
             warn!("Kafka did not answer the last commit in time; some events will be delivered again");
         }
+    }
+
+    /// The topic was made anew. What the group has committed, perhaps just now, is of the old one: this member's partitions are
+    /// set to their beginning, and it leaves. Gives what was read and is not done.
+    pub async fn give_up(self) -> SharedLedger {
+        let left = SharedLedger(Arc::new(Mutex::new(std::mem::take(&mut *self.ledger.lock()))));
+        let owned: Vec<_> = left.lock().partitions().collect();
+        let begin = owned.iter().map(|partition| ((self.topic.clone(), *partition), Offset::Offset(0))).collect();
+        let work = tokio::task::spawn_blocking(move || {
+            // Other members leave too, and in between a group takes no commits.
+            let mut committed = self.consumer.commit(&begin, CommitMode::Sync);
+            for _ in 0..TRIES {
+                if begin.count() == 0 || committed.is_ok() {
+                    break;
+                }
+                std::thread::sleep(PAUSE);
+                committed = self.consumer.commit(&begin, CommitMode::Sync);
+            }
+            drop(self.consumer);
+            committed
+        });
+        if !owned.is_empty()
+            && let Err(error) = work.await.unwrap_or(Ok(()))
+        {
+            warn!(%error, "the new topic may be read from where the old one was");
+        }
+        left
+    }
+
+    /// The topic's id.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] when no broker answers in time, or when there is no topic at this moment.
+    pub fn topic_id(&self) -> impl Future<Output = Result<String>> + Send + use<> {
+        let (consumer, config, topic) = (self.consumer.clone(), self.config.clone(), self.topic.clone());
+        blocking(move || kafka::topic_id(consumer.client(), &topic, TIMEOUT).map_err(|e| kafka::error(&config, &e)))
     }
 
     /// The last stable offset of every partition: everything below is committed or aborted.

@@ -118,6 +118,11 @@ impl Ledger {
         self.ready.retain(|lane| lane.0 != partition);
     }
 
+    /// The partitions that are owned.
+    pub fn partitions(&self) -> impl Iterator<Item = i32> {
+        self.partitions.keys().copied()
+    }
+
     /// Queues a record behind the others of its key. A record of a partition that is not owned is left to its owner.
     pub fn admit(&mut self, record: Record) {
         let Some(partition) = self.partitions.get_mut(&record.partition) else { return };
