@@ -49,9 +49,9 @@ const MOST_ROWS: u64 = 8000;
 /// COPY), and the settings of durability are the server's own: nothing is switched off for speed.
 ///
 /// # Errors
-/// [`Error::Usage`] for a rate of 0; [`Error::Unreachable`] when Postgres is away at the start; [`Error::Refused`]
-/// without tables
-/// or rights. An outage later is waited for, and no row is lost or doubled by it.
+/// [`Error::Usage`] for a rate of 0; [`Error::Unreachable`] when Postgres is away at the start; [`Error::Refused`] without
+/// tables or rights. An outage later is waited for, and no row is lost or doubled by it (after a crash of the server an id that it had not
+/// written down may be given to another transaction, whose end is then taken for that of ours).
 pub async fn run(world: &World, args: &cli::Generate) -> Result<()> {
     if args.rate == Some(0) {
         return Err(Error::Usage("--rate 0: a rate is 1 or more rows a second; leave it out for full speed".into()));

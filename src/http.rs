@@ -17,7 +17,7 @@ use tokio::sync::Mutex;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
-use crate::consume::read_board;
+use crate::consume::SharedBoard;
 use crate::error::{Error, Result};
 use crate::status::{self, Status};
 use crate::world::World;
@@ -55,7 +55,7 @@ pub async fn start(world: &World, metrics: PrometheusHandle) -> Result<Option<So
         }
     };
     info!("serving http://{address}/metrics, /livez, /readyz, /api/v1/status, /api/v1/board");
-    let face = Face { world: world.clone(), metrics, status: Arc::default() };
+    let face = Face { world: world.clone(), metrics, status: Arc::default(), board: Arc::default() };
     tokio::spawn(async move {
         if let Err(e) = axum::serve(listener, routes(face)).await {
             error!("the HTTP listener has ended: {e}");
@@ -80,6 +80,7 @@ struct Face {
     world: World,
     metrics: PrometheusHandle,
     status: Arc<Mutex<Option<(Instant, Status)>>>,
+    board: Arc<Mutex<SharedBoard>>,
 }
 
 fn routes(face: Face) -> Router {
@@ -145,7 +146,7 @@ struct Top {
 }
 
 async fn board(State(face): State<Face>, Query(Top { top }): Query<Top>) -> Response {
-    match read_board(&face.world.config, top.unwrap_or(TOP).min(MOST)).await {
+    match face.board.lock().await.read(&face.world.config, top.unwrap_or(TOP).min(MOST)).await {
         Ok(view) => Json(view).into_response(),
         Err(e) => {
             let status =

@@ -2,6 +2,9 @@
 
 mod troupe;
 
+use std::collections::BTreeSet;
+
+use futures_util::future::join_all;
 use serde_json::{Value, json};
 
 use self::troupe::{Process, Stage, until};
@@ -40,6 +43,10 @@ async fn metrics_carry_the_names_that_dashboards_rely_on() {
     stage.generate(50).await;
     until("the board has events", async || !http.json("/api/v1/board").await["devices"].as_array().unwrap().is_empty())
         .await;
+    // Who asks together is answered by one look.
+    let asked = join_all((0..20).map(|_| http.json("/api/v1/board?top=3"))).await;
+    let moments: BTreeSet<&str> = asked.iter().map(|board| board["as_of"].as_str().unwrap()).collect();
+    assert!(moments.len() < 20, "{moments:?}");
     let wanted = [
         "falaj_produce_events_total ",
         "falaj_produce_lag_bytes{sink=\"kafka\"} ",

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use serde::{Serialize, Serializer};
@@ -26,6 +26,8 @@ const FOLLOW_EVERY: Duration = Duration::from_secs(1);
 const REPORT_TOP: usize = 10;
 /// Longer titles and device names are cut in the table.
 const MAX_TEXT: usize = 60;
+/// How long a board is shown to others who ask for it.
+const HELD: Duration = Duration::from_millis(200);
 
 /// The last ten minutes at one moment. Serializes to the shape of `board --json`.
 #[derive(Clone, Debug, Serialize)]
@@ -118,6 +120,36 @@ async fn follow(world: &World, args: &Board) -> Result<()> {
 /// [`Error::Unreachable`] or [`Error::Refused`]; no retries.
 pub async fn read_board(config: &Config, top: usize) -> Result<BoardView> {
     read(&Store::new(config)?, top).await
+}
+
+/// A board that many ask for: over one connection, and not read more often than anybody could see.
+#[derive(Default)]
+pub struct SharedBoard {
+    store: Option<Store>,
+    held: Option<(Instant, usize, BoardView)>,
+}
+
+impl SharedBoard {
+    /// The board with the best `top` contents, not older than [`HELD`].
+    ///
+    /// # Errors
+    /// As [`read_board`].
+    pub async fn read(&mut self, config: &Config, top: usize) -> Result<BoardView> {
+        if let Some((at, most, view)) = &self.held
+            && (at.elapsed() < HELD && *most >= top)
+        {
+            let mut view = view.clone();
+            view.top.truncate(top);
+            return Ok(view);
+        }
+        let store = match self.store.take() {
+            Some(store) => store,
+            None => Store::new(config)?,
+        };
+        let view = read(self.store.insert(store), top).await?;
+        self.held = Some((Instant::now(), top, view.clone()));
+        Ok(view)
+    }
 }
 
 async fn read(store: &Store, top: usize) -> Result<BoardView> {

@@ -14,7 +14,7 @@ pub mod redis; //      the board's side of Redis
 
 use futures_util::future::join_all;
 
-pub use board::{board, read_board};
+pub use board::{SharedBoard, board, read_board};
 
 use crate::cli::{Consume, Outlet};
 use crate::config::Envelope;
