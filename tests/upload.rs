@@ -6,7 +6,7 @@ mod proxy;
 
 use std::process::{Command, Stdio};
 
-use bench::{Bench, Guard, Row, ids, row, rows, text, until};
+use bench::{Bench, Guard, Row, files, ids, row, rows, text, until};
 
 #[test]
 fn without_a_project_there_is_nothing_to_do_and_the_files_stay() {
@@ -192,13 +192,11 @@ fn a_table_that_was_dropped_is_not_made_anew_without_its_rows() {
 #[test]
 fn a_dropped_table_that_had_only_history_is_not_made_anew_either() {
     let bench = Bench::new("dropped_history");
-    let history = bench.seal(&[("events", &[row(1007, 0, "r", 1), row(1007, 1, "r", 2)])]);
-    std::fs::write(history.join("_backfill.json"), "{}").unwrap();
+    bench.seal_history("events", &[row(1007, 0, "r", 1), row(1007, 1, "r", 2)]);
     assert_eq!(bench.loads(), bench.line(1, 2));
     bench.query("DROP TABLE `DATASET.events`");
     assert_eq!(bench.loads(), bench.line(0, 0));
-    let more = bench.seal(&[("events", &[row(1015, 0, "r", 3)])]);
-    std::fs::write(more.join("_backfill.json"), "{}").unwrap();
+    bench.seal_history("events", &[row(1015, 0, "r", 3)]);
     let refused = bench.refused();
     assert!(refused.contains("rows of backfills, by "), "{refused}");
     std::fs::remove_dir_all(bench.archive().join(".upload")).unwrap();
@@ -362,15 +360,8 @@ fn terminate(pid: u32) {
 
 /// The record files under a directory.
 fn walk(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            found.extend(walk(&path));
-        } else if path.extension().is_some_and(|e| e == "json") {
-            found.push(path);
-        }
-    }
-    assert!(!found.is_empty() || !dir.ends_with(".upload"), "no record under {}", dir.display());
+    let mut found = files(dir);
+    found.retain(|path| path.extension().is_some_and(|e| e == "json"));
+    assert!(!found.is_empty(), "no record under {}", dir.display());
     found
 }

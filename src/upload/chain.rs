@@ -133,17 +133,19 @@ impl Chain<'_> {
         }
     }
 
-    /// Loads one file of history, unless a job has done so before.
+    /// Loads one file of history. `generation` is moved past every failure, also when this returns an error.
     ///
     /// # Errors
     /// As [`Chain::follow`].
-    pub async fn load_history(&self, file: &str, load: &Load, fields: &[TableFieldSchema]) -> Result<Followed> {
-        let mut generation = match self.look_for_history(file, load.first, load.last).await? {
-            Link::Followed(job) => return Ok(job),
-            Link::Free(generation) => generation,
-        };
+    pub async fn load_history(
+        &self,
+        file: &str,
+        generation: &mut u32,
+        load: &Load,
+        fields: &[TableFieldSchema],
+    ) -> Result<Followed> {
         let id = |generation| self.history_id(file, load.first, generation);
-        let (id, job) = self.run(&mut generation, id, load, fields).await?;
+        let (id, job) = self.run(generation, id, load, fields).await?;
         Ok(Followed { to: load.last, rows: output_rows(&job), id })
     }
 

@@ -1,19 +1,22 @@
 //! Files of backfills: each is a load job of its own, whose id is made of the file's own name.
 //!
 //! They follow no position, so they are no part of the [`chain`](super::chain). A file is loaded when its job has ended well.
-//! Where the record of that is lost, the job is found under its id; and when the service has forgotten the job, the rows
-//! tell: a job loads all of a file or nothing.
+//! Where nobody has seen that end, or the record of it is lost, the rows tell, for a job loads all of a file or nothing; and
+//! where they are not there, a job that still runs is found under its id. The service forgets jobs, so that an absent one alone
+//! tells nothing.
 
 use std::collections::BTreeSet;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
+use tracing::info;
 
+use super::chain::Link;
 use super::columns;
 use super::files::Source;
 use super::media::CHECK;
-use super::record::{Turn, wait};
+use super::record::{Turn, now, wait};
 use super::table::{Outcome, TableLoad, prepare, told};
 use crate::archive::{Batch, DataFile};
 use crate::error::{Error, Result};
@@ -24,6 +27,10 @@ use crate::lsn::Lsn;
 pub struct History {
     /// Batch and file.
     loaded: BTreeSet<String>,
+    /// Files that may be loaded too: one whose job was sent and whose end is not known, or all that were there when the record
+    /// was lost.
+    #[serde(default)]
+    unsure: BTreeSet<String>,
     /// When the last job was sent, in seconds since 1970.
     sent_at: u64,
 }
@@ -53,9 +60,9 @@ impl TableLoad<'_> {
         if self.history.is_empty() {
             return Ok(outcome);
         }
-        let record = turn.read_history();
-        let lost = record.is_none();
-        let mut record = record.unwrap_or_default();
+        let all = || self.history.iter().map(|(batch, file)| name(batch, file)).collect();
+        let lost = || History { unsure: all(), ..History::default() };
+        let mut record = turn.read_history().unwrap_or_else(lost);
         for (batch, file) in self.history {
             if record.has(batch, file) {
                 continue;
@@ -63,24 +70,24 @@ impl TableLoad<'_> {
             if !self.once && !wait(record.sent_at, self.world.config.bigquery.load_every.0).is_zero() {
                 break;
             }
-            record.sent_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-            if let Some(rows) = self.load_file(turn, table_id, batch, file, lost).await? {
+            if let Some(rows) = self.load_file(turn, table_id, batch, file, &mut record).await? {
                 (outcome.jobs, outcome.rows) = (outcome.jobs + 1, outcome.rows + rows);
             }
+            record.unsure.remove(&name(batch, file));
             record.loaded.insert(name(batch, file));
             turn.write_history(&record)?;
         }
         Ok(outcome)
     }
 
-    /// Gives the number of rows; `None` when they were there already. `lost`: nothing is known of earlier jobs.
+    /// Gives the number of rows; `None` when no job had to be sent.
     async fn load_file(
         &self,
         turn: &Turn,
         table_id: &str,
         batch: &Batch,
         file: &DataFile,
-        lost: bool,
+        record: &mut History,
     ) -> Result<Option<u64>> {
         let (begun, path) = (Instant::now(), file.path.clone());
         let source = spawn_blocking(move || Source::open(&path)).await;
@@ -91,20 +98,33 @@ impl TableLoad<'_> {
             chain.owner = record.owner;
         }
         let fields = self.ensure_table(&chain, turn, &source).await?;
+        let file = name(batch, file);
         let is_there = || self.service.has_history(table_id, batch.first, batch.last);
-        if lost && self.world.for_ever(CHECK, is_there).await? {
+        if record.unsure.contains(&file) && self.world.for_ever(CHECK, is_there).await? {
             return Ok(None);
         }
         let key = &source.primary_key;
         let key: Vec<_> = key.iter().cloned().zip(columns::names_in(key, source.schema())).collect();
         let load = prepare(vec![source], None, Lsn(u64::MAX), fields.clone(), turn.scratch()).await?;
         let Some(load) = load else { return Ok(None) };
-        let job = chain.load_history(&name(batch, file), &load, &fields).await?;
+        let (job, sent) = match chain.look_for_history(&file, load.first, load.last).await? {
+            Link::Followed(job) => (job, false),
+            Link::Free(mut generation) => {
+                record.sent_at = now();
+                record.unsure.insert(file.clone());
+                turn.write_history(record)?;
+                (chain.load_history(&file, &mut generation, &load, &fields).await?, true)
+            }
+        };
         if job.rows.is_some_and(|rows| rows != load.rows) {
             let why = format!("BigQuery counts {:?} rows, the file has {}", job.rows, load.rows);
             return Err(Error::fatal(format_args!("loading {}: job {}", chain.name, job.id), why));
         }
         self.ensure_view(&chain, &key, &fields).await?;
+        if !sent {
+            info!(job.id, "had been loaded before");
+            return Ok(None);
+        }
         told(&chain, &load, &job, begun);
         Ok(Some(load.rows))
     }

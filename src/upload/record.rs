@@ -1,6 +1,6 @@
 //! The record beside the archive: what of a table is loaded. And the lock by which several processes take turns at a table.
 //!
-//! Losing the record costs one query and nothing else: see [`super::chain`].
+//! Losing the record costs a query, and one for each file of history, and nothing else: see [`super::chain`].
 
 use std::fs::{File, TryLockError};
 use std::io::Write;
@@ -67,6 +67,11 @@ impl Record {
     pub fn wait(&self, every: Duration) -> Duration {
         wait(self.sent_at, every * (1 + self.generation).min(MOST_INTERVALS))
     }
+}
+
+/// Seconds since 1970.
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// How long is left of `every` since `sent_at`.

@@ -1,7 +1,7 @@
 //! One table's turn: its new files are merged into load jobs, one after the other.
 
 use std::path::PathBuf;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use gcp_bigquery_client::model::table_field_schema::TableFieldSchema;
 use tokio::task::spawn_blocking;
@@ -12,7 +12,7 @@ use super::chain::{self, Chain, Followed, Link};
 use super::copy::Part;
 use super::files::{self, Load, Source};
 use super::media::CHECK;
-use super::record::{Record, Records, Through, Turn};
+use super::record::{Record, Records, Through, Turn, now};
 use super::{LIST_EVERY, TableFiles, columns, tell};
 use crate::archive::{Batch, DataFile};
 use crate::error::{Error, Result};
@@ -244,7 +244,7 @@ async fn job(
 ) -> Result<u64> {
     let begun = Instant::now();
     record.open = true;
-    record.sent_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    record.sent_at = now();
     turn.write(record)?;
     let ended = chain.follow(record.loaded, &mut record.generation, load, fields).await;
     let job = match ended {

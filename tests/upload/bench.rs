@@ -133,6 +133,21 @@ impl Bench {
         sealed
     }
 
+    /// Writes one batch of a backfill.
+    pub fn seal_history(&self, table: &str, rows: &[Row]) -> PathBuf {
+        let sealed = self.seal(&[(table, rows)]);
+        std::fs::write(sealed.join(archive::HISTORY_FILE), "{}").unwrap();
+        sealed
+    }
+
+    /// How many files of the only table's history are loaded, by its record.
+    pub fn loaded_history(&self) -> usize {
+        let record = |path: &PathBuf| path.extension().is_some_and(|e| e == "history");
+        let Some(path) = files(&self.archive().join(".upload")).into_iter().find(record) else { return 0 };
+        let record: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        record["loaded"].as_array().unwrap().len()
+    }
+
     pub fn write(&self, path: &Path, table: &str, rows: &[Row], note: bool) {
         let slot = SlotIdentity { system_id: self.system_id.clone(), timeline: 1, slot: "falaj".into() };
         let meta = [
@@ -216,6 +231,13 @@ impl Drop for Guard {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// The files below a directory; none where it is absent.
+pub fn files(dir: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let paths = entries.map(|entry| entry.unwrap().path());
+    paths.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
 }
 
 /// Waits for a condition with a deadline.

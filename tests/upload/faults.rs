@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use axum::http::Method;
 use rand::{Rng, SeedableRng};
 
-use super::bench::{Bench, Guard, ids, rows, text};
+use super::bench::{Bench, Guard, ids, row, rows, text, until};
 use super::proxy::{Fault, Proxy};
 
 const POST: Method = Method::POST;
@@ -220,6 +220,36 @@ fn two_copies_of_an_archive_make_one_chain() {
         assert_eq!(bench.ids("events"), ids(&rows(0, 15)));
         assert_eq!(bench.loaded(), 2);
     }
+}
+
+#[test]
+fn history_is_sent_once_to_a_service_that_forgets_its_jobs() {
+    let (bench, proxy) = behind_proxy("forgets");
+    let copied: Vec<_> = (0..4).map(|n| row(1007 + 8 * n, 0, "r", n as i64)).collect();
+    for row in &copied[..3] {
+        bench.seal_history("events", std::slice::from_ref(row));
+    }
+    assert_eq!(bench.loads(), bench.line(3, 3));
+    proxy.script(GET, JOB, usize::MAX, Fault::Answer(404, ABSENT));
+    // Without the record nothing but the rows tells, of each file.
+    std::fs::remove_dir_all(bench.archive().join(".upload")).unwrap();
+    sends_nothing(&bench, &proxy, 3);
+    // Nor where a job was sent and nobody has seen its end.
+    bench.seal_history("events", &copied[3..]);
+    proxy.script(PUT, UPLOAD, 1, Fault::HoldAnswer);
+    kill_when_held(&bench, &proxy);
+    sends_nothing(&bench, &proxy, 4);
+    assert_eq!(bench.ids("events"), ids(&copied));
+}
+
+/// Runs `upload` until so many files of history are loaded; no job is sent for it.
+fn sends_nothing(bench: &Bench, proxy: &Proxy, files: usize) {
+    let sent = proxy.count(&POST, UPLOAD);
+    let mut command = bench.upload(&[]);
+    let command = command.env("FALAJ_BIGQUERY__LOAD_EVERY", "1s").stdout(Stdio::null());
+    let _process = Guard(command.spawn().unwrap());
+    until("the history is known", || bench.loaded_history() == files || proxy.count(&POST, UPLOAD) > sent);
+    assert_eq!(proxy.count(&POST, UPLOAD), sent);
 }
 
 #[test]
