@@ -212,7 +212,8 @@ async fn loaded(world: &World) -> Result<Vec<Loaded>> {
         return Ok(Vec::new());
     }
     let mut tables: BTreeMap<String, (Loaded, Option<Record>)> = BTreeMap::new();
-    for record in upload::progress(world).await? {
+    let Some(records) = upload::records(world).await? else { return Ok(Vec::new()) };
+    for record in records.all()? {
         let told = Loaded {
             table: record.table.clone(),
             target: Some(record.target.clone()),
@@ -227,7 +228,7 @@ async fn loaded(world: &World) -> Result<Vec<Loaded>> {
         let done = record.as_ref().is_some_and(|r| Some(at.bound) <= r.loaded || Some(at) <= r.through);
         told.pending_files += usize::from(!done);
     }
-    for (table, pending) in upload::pending_history(world).await? {
+    for (table, pending) in upload::pending_history(world, &records).await? {
         let unknown = || (Loaded { table: table.clone(), target: None, loaded: None, pending_files: 0 }, None);
         tables.entry(table.clone()).or_insert_with(unknown).0.pending_files += pending;
     }

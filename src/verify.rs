@@ -29,7 +29,7 @@ use crate::source::conn::Conninfo;
 use crate::source::slot;
 use crate::source::wire::Wire;
 use crate::upload::bigquery::BigQuery;
-use crate::upload::{self, record::Record};
+use crate::upload::record::{Record, Records};
 use crate::world::{World, print};
 use compare::Comparison;
 use fold::{Fold, Range};
@@ -143,7 +143,7 @@ async fn sink(
             let fold = Fold::new(table, range, bound, source.changed(table), args.memory.0);
             let fold = tokio::task::block_in_place(|| match name {
                 SinkName::Kafka => kafka::fold(world, table, fold, |lsn| source.sees(lsn)),
-                SinkName::Archive => archive::fold(world, table, Form::Json, START, fold, |lsn| source.sees(lsn)),
+                SinkName::Archive => archive::fold(world, table, fold, |lsn| source.sees(lsn)),
             })?;
             compare(source, table, Form::Json, (range, fold), &mut ranges, &mut report).await?;
         }
@@ -207,26 +207,30 @@ async fn position(
     }
 }
 
-/// Compares every table with BigQuery. What is in the archive and not loaded yet is left out.
+/// Compares every table with BigQuery. What is in the archive and not loaded yet is left out. History is loaded file by file,
+/// beside the stream: it counts however far that is.
 async fn bigquery(world: &World, source: &Source, project: &str, args: &cli::Verify) -> Result<SinkReport> {
     let service = BigQuery::new(&world.config.bigquery, project).await?;
     let is_there = world.at_start("bigquery", || service.has_dataset()).await?;
-    let loaded = upload::progress(world).await?;
+    let records = Records::open(&world.config.archive.dir, &service.target())?;
+    let loaded = records.all()?;
     let (mut tables, mut not_compared) = (Vec::new(), Vec::new());
     for table in &source.tables {
+        // Read before the rows: a file whose load ends in between is left out.
+        let copied = records.history(&table.name);
         let found = if is_there { Warehouse::open(&service, table).await? } else { None };
         let recorded = loaded.iter().find(|record| record.table == table.name).and_then(recorded);
-        let bound = found.as_ref().map(|found| found.bound).max(recorded).unwrap_or(START);
-        let bound = args.until_lsn.map_or(bound, |until| bound.min(Position { commit_lsn: until, ordinal: 0 }));
+        let until = args.until_lsn.map_or(END, |until| Position { commit_lsn: until, ordinal: 0 });
+        let bound = found.as_ref().and_then(|found| found.bound).max(recorded).unwrap_or(START).min(until);
         let mut report = TableReport::new(&table.name, bound.commit_lsn);
         let mut ranges = vec![Range::ALL];
         while let Some(range) = ranges.pop() {
-            let mut fold = Fold::new(table, range, bound, source.changed(table), args.memory.0);
+            let mut fold = Fold::new(table, range, bound, source.changed(table), args.memory.0).with_copies(until);
             if let Some(found) = &found {
                 fold = found.fold(fold, |lsn| source.sees(lsn)).await?;
             }
             let fold = tokio::task::block_in_place(|| {
-                archive::fold(world, table, Form::Warehouse, bound, fold, |lsn| source.sees(lsn))
+                archive::beyond(world, table, bound, &copied, fold, |lsn| source.sees(lsn))
             })?;
             compare(source, table, Form::Warehouse, (range, fold), &mut ranges, &mut report).await?;
         }
@@ -250,6 +254,8 @@ fn close(sink: &str, mut report: TableReport, tables: &mut Vec<TableReport>, not
 
 /// Before everything.
 const START: Position = Position { commit_lsn: Lsn(0), ordinal: 0 };
+/// Behind everything.
+const END: Position = Position { commit_lsn: Lsn(u64::MAX), ordinal: u64::MAX };
 
 /// The first position that `upload` has not loaded, by its own record: rows that were removed at the end of a table are missed.
 fn recorded(record: &Record) -> Option<Position> {

@@ -5,7 +5,7 @@ mod by_hand;
 use rdkafka::producer::Producer;
 use serde_json::Value;
 
-use crate::rig::{DEADLINE, Pipeline, Servers, bigquery, connect, id, kafka, load};
+use crate::rig::{DEADLINE, Pipeline, Servers, archive, bigquery, connect, id, kafka, load};
 
 /// The content of [`twenty`], as the board names it.
 const CONTENT: &str = "content 0cc175b9-c0f1-b6a8-31c3-99e269772661";
@@ -187,6 +187,67 @@ async fn a_removed_a_doubled_and_a_changed_row_of_bigquery_are_named() {
     let (_, report) = verify(&p, &[]).await;
     let found = named(&report, "bigquery", "engagement_events");
     assert!(found.contains(&"missing 20 - ".to_owned()), "{found:?}");
+}
+
+/// A table that the stream has brought nothing of.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_and_a_doubled_row_of_history_alone_are_named() {
+    let p = Pipeline::bare(Servers::shared(), "verify_history").await;
+    p.run(include_str!("../sql/01_tables.sql")).await;
+    p.run("INSERT INTO engagement_events (event_ts, duration_ms) SELECT now(), g FROM generate_series(1, 5) AS g")
+        .await;
+    p.start(&["init", "--yes", "--snapshot"]).ends_well().await;
+    p.produce().await;
+    p.start(&["upload", "--once"]).ends_well().await;
+    let (code, report) = verify(&p, &[]).await;
+    assert_eq!((code, differing(&report)), (Some(0), vec![]), "{report}");
+    let found = table(&report, "bigquery", "engagement_events");
+    assert_eq!((&found["source"], &found["source"]["rows"]), (&found["sink"], &Value::from(5)), "{report}");
+    let name = format!("`{}.engagement_events`", p.name);
+    bigquery::query(&p, &format!("DELETE FROM {name} WHERE id = 3")).await;
+    bigquery::query(&p, &format!("INSERT INTO {name} SELECT * FROM {name} WHERE id = 4")).await;
+    let (code, report) = verify(&p, &[]).await;
+    assert_eq!((code, differing(&report)), (Some(1), vec!["bigquery engagement_events".to_owned()]), "{report}");
+    let expected = ["missing 3 - ".to_owned(), format!("doubled 4 {} ", event(&p, 4).await)];
+    assert_eq!(named(&report, "bigquery", "engagement_events"), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn history_that_waits_for_its_load_is_left_out() {
+    let mut p = Pipeline::bare(Servers::shared(), "verify_waits").await;
+    p.set("FALAJ_PRODUCE__TRANSACTION_BYTES", "64KiB");
+    p.set("FALAJ_ARCHIVE__SEAL_BYTES", "32KiB");
+    p.run(include_str!("../sql/01_tables.sql")).await;
+    p.run(
+        "INSERT INTO engagement_events (event_ts, raw_payload) \
+         SELECT now(), to_jsonb(md5(g::text) || sha256(g::text::bytea)::text) FROM generate_series(1, 5000) AS g",
+    )
+    .await;
+    p.start(&["init", "--yes", "--snapshot"]).ends_well().await;
+    // As if the slot had been adopted: nothing tells that the rows are older.
+    std::fs::remove_file(p.config.state.dir.join("origin.json")).unwrap();
+    p.run("INSERT INTO engagement_events (event_ts, duration_ms) VALUES (now(), 5001)").await;
+    p.produce().await;
+    let batches = archive::batches(&p.archive());
+    assert!(batches.len() > 2, "{batches:?}");
+    let (batch, aside) = (p.archive().join(&batches[1]), p.archive().join(".aside"));
+    assert!(batch.join("_backfill.json").exists(), "{batches:?}");
+    std::fs::rename(&batch, &aside).unwrap();
+    let waiting = 5001 - p.rows("engagement_events").len();
+    p.start(&["upload", "--once"]).ends_well().await;
+    std::fs::rename(&aside, &batch).unwrap();
+    let (code, report) = verify(&p, &[]).await;
+    assert_eq!((code, differing(&report)), (Some(0), vec![]), "{report}");
+    let found = table(&report, "bigquery", "engagement_events");
+    assert_eq!(
+        (&found["changed_since"], &found["sink"]["rows"]),
+        (&waiting.into(), &(5001 - waiting).into()),
+        "{report}"
+    );
+    p.start(&["upload", "--once"]).ends_well().await;
+    let (code, report) = verify(&p, &[]).await;
+    let found = table(&report, "bigquery", "engagement_events");
+    assert_eq!((code, &found["sink"]["rows"]), (Some(0), &5001.into()), "{report}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

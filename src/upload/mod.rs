@@ -29,7 +29,7 @@ pub mod record;
 pub mod table;
 
 use bigquery::BigQuery;
-use record::{Record, Records};
+use record::Records;
 use table::{Outcome, TableLoad};
 
 /// How often the archive is listed while nothing else happens.
@@ -73,28 +73,23 @@ pub async fn run(world: &World, args: &cli::Upload) -> Result<()> {
     }
 }
 
-/// What is loaded, by table; empty without a project. For `status`, and for a retention that spares what is not loaded.
+/// The records of what is loaded; `None` without a project. For `status`.
 ///
 /// # Errors
-/// [`Error::Refused`] for unusable credentials or archive, [`Error::Fatal`] when the records cannot be read.
-pub async fn progress(world: &World) -> Result<Vec<Record>> {
+/// [`Error::Refused`] for unusable credentials or archive.
+pub async fn records(world: &World) -> Result<Option<Records>> {
     let Some(project) = world.config.bigquery.project.as_deref().filter(|p| !p.is_empty()) else {
-        return Ok(Vec::new());
+        return Ok(None);
     };
     let target = BigQuery::new(&world.config.bigquery, project).await?.target();
-    Records::open(&world.config.archive.dir, &target)?.all()
+    Records::open(&world.config.archive.dir, &target).map(Some)
 }
 
 /// How many files of history are not loaded, by table. For `status`.
 ///
 /// # Errors
-/// As [`progress`].
-pub async fn pending_history(world: &World) -> Result<BTreeMap<String, usize>> {
-    let Some(project) = world.config.bigquery.project.as_deref().filter(|p| !p.is_empty()) else {
-        return Ok(BTreeMap::new());
-    };
-    let target = BigQuery::new(&world.config.bigquery, project).await?.target();
-    let records = Records::open(&world.config.archive.dir, &target)?;
+/// [`Error::Fatal`] when the archive cannot be read.
+pub async fn pending_history(world: &World, records: &Records) -> Result<BTreeMap<String, usize>> {
     let mut pending = BTreeMap::new();
     let dir = world.config.archive.dir.clone();
     let history = tokio::task::spawn_blocking(move || history_files(&dir)).await;

@@ -2,39 +2,70 @@
 
 use super::fold::{Fact, Fold};
 use super::table::{Form, Table, canonical, hash, old_key};
+use crate::archive::{Batch, DataFile};
 use crate::change::Op;
 use crate::error::Result;
 use crate::event::{Event, OldKey};
 use crate::lsn::{Lsn, Position};
 use crate::pgoutput::Cell;
 use crate::playback::{Rows, batches};
+use crate::upload::history::History;
 use crate::world::{World, go_on};
 
 /// What is decoded at once, in bytes.
 const PIECE: usize = 8 << 20;
 
-/// Folds a table's events from `from` on. `sees` says whether the snapshot sees a commit.
+/// What becomes of an event.
+type Take = fn(&mut Fold, &Fact<'_>);
+
+/// Folds a table's events. `sees` says whether the snapshot sees a commit.
 ///
 /// # Errors
 /// [`crate::error::Error`] for a batch that is missing, of another stream, or cannot be read, and for a shutdown meanwhile.
-pub(super) fn fold(
+pub(super) fn fold(world: &World, table: &Table, fold: Fold, sees: impl Fn(Lsn) -> bool) -> Result<Fold> {
+    read(world, table, Form::Json, fold, sees, |_, _| Some(Fold::push))
+}
+
+/// Tells the fold of BigQuery's rows what the archive has beyond them: events of the stream from `bound` on, and files of
+/// history that are not loaded, are left out; what the other files of history have was there once.
+///
+/// # Errors
+/// As [`fold`].
+pub(super) fn beyond(
+    world: &World,
+    table: &Table,
+    bound: Position,
+    loaded: &History,
+    fold: Fold,
+    sees: impl Fn(Lsn) -> bool,
+) -> Result<Fold> {
+    read(world, table, Form::Warehouse, fold, sees, |batch, file| match batch.is_history() {
+        true if loaded.has(batch, file) => Some(Fold::note_copy),
+        true => Some(Fold::leave_out),
+        false => (batch.last >= bound).then_some(Fold::note_later),
+    })
+}
+
+/// `take` says what becomes of a file's events; `None`: it is not read.
+fn read(
     world: &World,
     table: &Table,
     form: Form,
-    from: Position,
     mut fold: Fold,
     sees: impl Fn(Lsn) -> bool,
+    take: impl Fn(&Batch, &DataFile) -> Option<Take>,
 ) -> Result<Fold> {
     let mut values = Vec::new();
-    for batch in batches(&world.config.archive.dir)?.into_iter().filter(|batch| batch.last >= from) {
+    for batch in batches(&world.config.archive.dir)? {
         for file in batch.files()?.into_iter().filter(|file| file.table == table.name) {
+            let Some(take) = take(&batch, &file) else { continue };
             // File by file, whatever stands in them: a gap or a doubled row is to be named, not to end the reading.
             let mut rows = Rows::open(&file, 0, PIECE)?.unordered();
             while rows.advance()?.is_some() {
                 go_on(&world.stop)?;
                 let Some(event) = rows.event() else { continue };
-                if event.at >= from && sees(event.at.commit_lsn) {
-                    push(table, form, &event, &mut values, &mut fold)?;
+                if sees(event.at.commit_lsn) {
+                    push(table, form, &event, &mut values, &mut fold, take)?;
                 }
             }
         }
@@ -42,10 +73,17 @@ pub(super) fn fold(
     Ok(fold)
 }
 
-fn push(table: &Table, form: Form, event: &Event<'_>, values: &mut Vec<Option<u64>>, fold: &mut Fold) -> Result<()> {
+fn push(
+    table: &Table,
+    form: Form,
+    event: &Event<'_>,
+    values: &mut Vec<Option<u64>>,
+    fold: &mut Fold,
+    take: Take,
+) -> Result<()> {
     let (at, op) = (event.at, event.op);
     if op == Op::Truncate {
-        fold.push(&Fact { at, op, key: "", old_key: None, values: &[] });
+        take(fold, &Fact { at, op, key: "", old_key: None, values: &[] });
         return Ok(());
     }
     let mut texts = Vec::with_capacity(table.columns.len());
@@ -65,6 +103,6 @@ fn push(table: &Table, form: Form, event: &Event<'_>, values: &mut Vec<Option<u6
     };
     values.clear();
     values.extend(texts.iter().map(|text| text.as_deref().map(hash)));
-    fold.push(&Fact { at, op, key: &key, old_key: old.as_deref(), values });
+    take(fold, &Fact { at, op, key: &key, old_key: old.as_deref(), values });
     Ok(())
 }

@@ -73,7 +73,7 @@ impl<'a> Comparison<'a> {
 
     /// The sink does not have the row.
     fn lack(&mut self, at: u64, row: &SourceRow<'_>, is_untold: bool, id: Option<String>) {
-        if row.is_older && is_untold {
+        if row.is_older && is_untold && !self.fold.is_given(row.key) {
             self.report.older_than_slot += 1;
             return;
         }

@@ -65,6 +65,8 @@ pub(super) struct Fold {
     pub(super) range: Range,
     /// Events from here on do not count: their rows are left out.
     bound: Position,
+    /// The same for copied rows.
+    copies_bound: Position,
     columns: usize,
     keyed: bool,
     held: usize,
@@ -81,6 +83,8 @@ pub(super) struct Fold {
     pub(super) doubled: Vec<(Position, String)>,
     /// Updates that do not say which row they changed.
     pub(super) unclear: u64,
+    /// Hashes of keys that the sink has been given once, and that no event of it tells of now.
+    given: HashSet<u64>,
 }
 
 impl Fold {
@@ -90,6 +94,7 @@ impl Fold {
         Self {
             range,
             bound,
+            copies_bound: bound,
             columns: table.columns.len(),
             keyed: table.keyed,
             held: 0,
@@ -101,12 +106,18 @@ impl Fold {
             emptied: changed.emptied.is_some_and(|at| at >= bound.commit_lsn.0),
             doubled: Vec::new(),
             unclear: 0,
+            given: HashSet::new(),
         }
+    }
+
+    /// Copied rows count up to `bound` exclusive, however far the stream is: for a sink that gets them beside it.
+    pub(super) fn with_copies(self, bound: Position) -> Self {
+        Self { copies_bound: bound, ..self }
     }
 
     /// Takes an event that the source's snapshot sees.
     pub(super) fn push(&mut self, fact: &Fact<'_>) {
-        if fact.at >= self.bound {
+        if fact.at >= if fact.op == Op::Read { self.copies_bound } else { self.bound } {
             return self.leave_out(fact);
         }
         if fact.op == Op::Truncate {
@@ -129,11 +140,35 @@ impl Fold {
     }
 
     /// Takes the keys of a change that does not count.
-    fn leave_out(&mut self, fact: &Fact<'_>) {
+    pub(super) fn leave_out(&mut self, fact: &Fact<'_>) {
+        let keys = || [Some(fact.key), fact.old_key].into_iter().flatten().map(hash);
         match fact.op {
             Op::Truncate => self.emptied = true,
-            _ => self.changed.extend([Some(fact.key), fact.old_key].into_iter().flatten().map(hash)),
+            _ => self.changed.extend(keys().filter(|hash| self.range.has(*hash))),
         }
+    }
+
+    /// Leaves the rows of an event out, if it lies behind the bound.
+    pub(super) fn note_later(&mut self, fact: &Fact<'_>) {
+        if fact.at >= self.bound {
+            self.leave_out(fact);
+        }
+    }
+
+    /// Notes a copied row that the sink has been given, once its own events have been pushed.
+    pub(super) fn note_copy(&mut self, fact: &Fact<'_>) {
+        if fact.at >= self.copies_bound {
+            return self.leave_out(fact);
+        }
+        let (hash, is_there) = (hash(fact.key), self.keyed && self.rows.contains_key(fact.key));
+        if self.range.has(hash) && !is_there {
+            self.given.insert(hash);
+        }
+    }
+
+    /// Whether the sink has been given a copy of the row: then it is lost where no event tells of it.
+    pub(super) fn is_given(&self, key: &str) -> bool {
+        self.given.contains(&hash(key))
     }
 
     fn is_doubled(&mut self, fact: &Fact<'_>) -> bool {

@@ -87,16 +87,16 @@ pub(super) struct Warehouse<'a> {
     id: String,
     /// What is selected of each column; `None` where the table has none of the name.
     columns: Vec<Option<String>>,
-    /// The first position that is not loaded.
-    pub(super) bound: Position,
+    /// The first position that the stream has not brought; `None` where it has brought nothing.
+    pub(super) bound: Option<Position>,
 }
 
 impl<'a> Warehouse<'a> {
-    /// Looks the table up; `None` when nothing of it has been loaded.
+    /// Looks the table up; `None` when there is none.
     pub(super) async fn open(service: &'a BigQuery, table: &'a Table) -> Result<Option<Self>> {
         let id = table_id(&table.name).map_err(|why| Error::fatal(format_args!("table {}", table.name), why))?;
         let Answer::Is(found) = service.table(&id).await? else { return Ok(None) };
-        let Some(highest) = service.highest(&id).await? else { return Ok(None) };
+        let highest = service.highest(&id).await?;
         let fields = found.schema.fields.unwrap_or_default();
         let all: Vec<_> = table.columns.iter().map(|(name, _)| Field::new(name, DataType::Utf8, true)).collect();
         let names = column_names(&Schema::new(all)).map_err(|why| Error::fatal("reading from BigQuery", why))?;
@@ -109,7 +109,7 @@ impl<'a> Warehouse<'a> {
             })
         };
         let columns = names.iter().map(select).collect();
-        let bound = Position { commit_lsn: highest.commit_lsn, ordinal: highest.ordinal + 1 };
+        let bound = highest.map(|highest| Position { ordinal: highest.ordinal + 1, ..highest });
         Ok(Some(Self { service, table, id, columns, bound }))
     }
 
@@ -180,7 +180,7 @@ impl<'a> Warehouse<'a> {
         let sql = format!("SELECT _id FROM {} GROUP BY _id HAVING COUNT(*) > 1 ORDER BY _id LIMIT {PAGE}", self.name());
         for row in self.service.query(sql).await? {
             let at = text(&row, 0).as_deref().and_then(Position::from_event_id);
-            if let Some(at) = at.filter(|at| *at < self.bound) {
+            if let Some(at) = at {
                 fold.note_doubled(at);
             }
         }

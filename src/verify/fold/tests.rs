@@ -70,6 +70,24 @@ fn an_event_that_was_there_before_is_named_and_one_behind_the_bound_is_left_out(
 }
 
 #[test]
+fn copies_count_however_far_the_stream_is_and_one_that_was_given_is_known() {
+    let whole = [Some(1), Some(7)];
+    let mut fold = fold(100).with_copies(at(200));
+    for (lsn, key) in [(199, "1"), (199, "1"), (200, "2")] {
+        fold.push(&fact(lsn, Op::Read, key, &whole));
+    }
+    for (lsn, key) in [(199, "1"), (199, "3"), (200, "4")] {
+        fold.note_copy(&fact(lsn, Op::Read, key, &whole));
+    }
+    fold.note_later(&fact(99, Op::Create, "5", &whole));
+    fold.note_later(&fact(100, Op::Create, "6", &whole));
+    assert_eq!(fold.doubled, [(at(199), "1".to_owned())]);
+    assert_eq!(["1", "2", "3", "4", "5", "6"].map(|key| fold.is_changed(key)), [false, true, false, true, false, true]);
+    assert_eq!(["1", "2", "3", "4"].map(|key| fold.is_given(key)), [false, false, true, false]);
+    assert_eq!(row(&mut fold, "1"), Some(whole.to_vec()));
+}
+
+#[test]
 fn equal_rows_without_a_key_are_counted() {
     let table = for_test(&[("a", Type::Text)], &[]);
     let mut fold = Fold::new(&table, Range::ALL, at(100), &Changed::default(), usize::MAX);
