@@ -195,7 +195,7 @@ pub struct BigQuery {
     /// Base URL of the service; BIGQUERY_EMULATOR_HOST counts too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
-    /// Least time between two loads of one table.
+    /// Least time between two loads of one table, of the stream or of history.
     pub load_every: Span,
 }
 

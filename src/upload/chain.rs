@@ -126,8 +126,8 @@ impl Chain<'_> {
     ///
     /// # Errors
     /// As every request of the service.
-    pub async fn look_for_history(&self, file: &str, first: Position, last: Position) -> Result<Link> {
-        match self.find(0, |generation| self.history_id(file, first, generation)).await? {
+    pub async fn look_for_history(&self, file: &str, first: Position, last: Position, from: u32) -> Result<Link> {
+        match self.find(from, |generation| self.history_id(file, first, generation)).await? {
             (generation, None) => Ok(Link::Free(generation)),
             (_, Some((id, job))) => Ok(Link::Followed(Followed { to: last, rows: output_rows(&job), id })),
         }

@@ -106,7 +106,7 @@ impl TableLoad<'_> {
         let mut links = vec![chain.look(nothing, 0).await?];
         if let Some((batch, file)) = self.history.first() {
             let name = history::name(batch, file);
-            links.push(chain.look_for_history(&name, batch.first, batch.last).await?);
+            links.push(chain.look_for_history(&name, batch.first, batch.last, 0).await?);
         }
         Ok(links.into_iter().find_map(|link| match link {
             Link::Followed(job) => Some(format!("rows up to {}, by job {}", job.to, job.id)),

@@ -5,8 +5,8 @@
 //! where they are not there, a job that still runs is found under its id. The service forgets jobs, so that an absent one alone
 //! tells nothing.
 
-use std::collections::BTreeSet;
-use std::time::Instant;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
@@ -16,7 +16,7 @@ use super::chain::Link;
 use super::columns;
 use super::files::Source;
 use super::media::CHECK;
-use super::record::{Turn, now, wait};
+use super::record::{Turn, now, wait_after};
 use super::table::{Outcome, TableLoad, prepare, told};
 use crate::archive::{Batch, DataFile};
 use crate::error::{Error, Result};
@@ -31,6 +31,9 @@ pub struct History {
     /// was lost.
     #[serde(default)]
     unsure: BTreeSet<String>,
+    /// Files whose jobs have failed, each with the first generation that is not known to have.
+    #[serde(default)]
+    failed: BTreeMap<String, u32>,
     /// When the last job was sent, in seconds since 1970.
     sent_at: u64,
 }
@@ -39,6 +42,20 @@ impl History {
     /// Whether a file is loaded.
     pub fn has(&self, batch: &Batch, file: &DataFile) -> bool {
         self.loaded.contains(&name(batch, file))
+    }
+
+    /// How long a file's next job has to wait, by the rule of [`Record::wait`](super::record::Record::wait).
+    fn wait(&self, file: &str, every: Duration) -> Duration {
+        wait_after(self.sent_at, every, self.generation(file))
+    }
+
+    fn generation(&self, file: &str) -> u32 {
+        self.failed.get(file).copied().unwrap_or_default()
+    }
+
+    /// When the last job was sent, in seconds since 1970.
+    pub(super) fn sent_at(&self) -> u64 {
+        self.sent_at
     }
 
     /// Whether none is.
@@ -54,7 +71,7 @@ pub(super) fn name(batch: &Batch, file: &DataFile) -> String {
 }
 
 impl TableLoad<'_> {
-    /// Loads the history that is new. Without `once`, at most one job, and none while it is too soon.
+    /// Loads the history that is new. Without `once`, at most one job, and none while it is too soon after the table's last one.
     pub(super) async fn run_history(&self, turn: &Turn, table_id: &str) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         if self.history.is_empty() {
@@ -67,14 +84,17 @@ impl TableLoad<'_> {
             if record.has(batch, file) {
                 continue;
             }
-            if !self.once && !wait(record.sent_at, self.world.config.bigquery.load_every.0).is_zero() {
+            let own = record.wait(&name(batch, file), self.world.config.bigquery.load_every.0);
+            if self.rests(own, turn.read().map(|stream| stream.sent_at)) {
                 break;
             }
             if let Some(rows) = self.load_file(turn, table_id, batch, file, &mut record).await? {
                 (outcome.jobs, outcome.rows) = (outcome.jobs + 1, outcome.rows + rows);
             }
-            record.unsure.remove(&name(batch, file));
-            record.loaded.insert(name(batch, file));
+            let file = name(batch, file);
+            record.unsure.remove(&file);
+            record.failed.remove(&file);
+            record.loaded.insert(file);
             turn.write_history(&record)?;
         }
         Ok(outcome)
@@ -107,13 +127,18 @@ impl TableLoad<'_> {
         let key: Vec<_> = key.iter().cloned().zip(columns::names_in(key, source.schema())).collect();
         let load = prepare(vec![source], None, Lsn(u64::MAX), fields.clone(), turn.scratch()).await?;
         let Some(load) = load else { return Ok(None) };
-        let (job, sent) = match chain.look_for_history(&file, load.first, load.last).await? {
+        let (job, sent) = match chain.look_for_history(&file, load.first, load.last, record.generation(&file)).await? {
             Link::Followed(job) => (job, false),
             Link::Free(mut generation) => {
                 record.sent_at = now();
                 record.unsure.insert(file.clone());
                 turn.write_history(record)?;
-                (chain.load_history(&file, &mut generation, &load, &fields).await?, true)
+                let ended = chain.load_history(&file, &mut generation, &load, &fields).await;
+                if ended.is_err() && generation > record.generation(&file) {
+                    record.failed.insert(file, generation);
+                    turn.write_history(record)?;
+                }
+                (ended?, true)
             }
         };
         if job.rows.is_some_and(|rows| rows != load.rows) {

@@ -65,8 +65,13 @@ impl Record {
 
     /// How long the next job has to wait, when there is to be `every` between two of them, and more after failures.
     pub fn wait(&self, every: Duration) -> Duration {
-        wait(self.sent_at, every * (1 + self.generation).min(MOST_INTERVALS))
+        wait_after(self.sent_at, every, self.generation)
     }
+}
+
+/// The same after so many jobs that have failed.
+pub(super) fn wait_after(sent_at: u64, every: Duration, failed: u32) -> Duration {
+    wait(sent_at, every * (1 + failed).min(MOST_INTERVALS))
 }
 
 /// Seconds since 1970.

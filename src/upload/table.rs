@@ -1,18 +1,18 @@
 //! One table's turn: its new files are merged into load jobs, one after the other.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gcp_bigquery_client::model::table_field_schema::TableFieldSchema;
 use tokio::task::spawn_blocking;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::bigquery::BigQuery;
 use super::chain::{self, Chain, Followed, Link};
 use super::copy::Part;
 use super::files::{self, Load, Source};
 use super::media::CHECK;
-use super::record::{Record, Records, Through, Turn, now};
+use super::record::{Record, Records, Through, Turn, now, wait};
 use super::{LIST_EVERY, TableFiles, columns, tell};
 use crate::archive::{Batch, DataFile};
 use crate::error::{Error, Result};
@@ -31,6 +31,12 @@ pub struct Outcome {
     pub jobs: u64,
     /// Rows that they loaded.
     pub rows: u64,
+}
+
+impl Outcome {
+    fn and(self, other: Self) -> Self {
+        Self { jobs: self.jobs + other.jobs, rows: self.rows + other.rows }
+    }
 }
 
 /// One table's turn.
@@ -61,15 +67,38 @@ struct Group {
 }
 
 impl TableLoad<'_> {
-    /// Loads what is new. Without `once`, at most one job, and none while another process has the table or it is too soon.
+    /// Loads what is new. Without `once`, a job every `load_every` at most, of the stream or of history, and none while another
+    /// process has the table.
     ///
     /// # Errors
     /// [`Error::Fatal`] naming the file or the job that failed; [`Error::Refused`] where BigQuery or its table says no.
     pub async fn run(&self, table_id: &str) -> Result<Outcome> {
         let Some(turn) = self.take().await? else { return Ok(Outcome::default()) };
-        let stream = self.run_stream(&turn, table_id).await?;
-        let history = self.run_history(&turn, table_id).await?;
-        Ok(Outcome { jobs: stream.jobs + history.jobs, rows: stream.rows + history.rows })
+        if self.once {
+            let stream = self.run_stream(&turn, table_id).await?;
+            return Ok(stream.and(self.run_history(&turn, table_id).await?));
+        }
+        // They share one pace, so the one that was not the last to send goes first; what holds one up does not hold up the other.
+        let [stream, history] = [turn.read().map(|r| r.sent_at), turn.read_history().map(|h| h.sent_at())];
+        let (first, second) = match history < stream {
+            true => (self.run_history(&turn, table_id).await, self.run_stream(&turn, table_id).await),
+            false => (self.run_stream(&turn, table_id).await, self.run_history(&turn, table_id).await),
+        };
+        match (first, second) {
+            (Ok(first), second) => second.map(|second| first.and(second)),
+            (Err(why), Ok(_)) => Err(why),
+            (Err(why), Err(other)) => {
+                error!(table = self.table, "{other}");
+                Err(why)
+            }
+        }
+    }
+
+    /// Whether the table has to rest: for `own`, or because the other kind of its files was loaded a moment ago. Failed jobs and
+    /// those of both kinds count towards the service's 1,500 a day.
+    pub(super) fn rests(&self, own: Duration, other_sent_at: Option<u64>) -> bool {
+        let since_other = wait(other_sent_at.unwrap_or_default(), self.world.config.bigquery.load_every.0);
+        !self.once && !own.max(since_other).is_zero()
     }
 
     async fn run_stream(&self, turn: &Turn, table_id: &str) -> Result<Outcome> {
@@ -78,7 +107,8 @@ impl TableLoad<'_> {
             Some(part) => super::copy::begin(self, turn, table_id, part).await?,
         };
         let Some((mut record, known, oldest)) = found else { return Ok(Outcome::default()) };
-        if !self.once && !record.wait(self.world.config.bigquery.load_every.0).is_zero() {
+        let own = record.wait(self.world.config.bigquery.load_every.0);
+        if self.rests(own, turn.read_history().map(|history| history.sent_at())) {
             return Ok(Outcome::default());
         }
         // A replay has an owner of its own.

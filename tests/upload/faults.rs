@@ -242,6 +242,53 @@ fn history_is_sent_once_to_a_service_that_forgets_its_jobs() {
     assert_eq!(bench.ids("events"), ids(&copied));
 }
 
+#[test]
+fn a_file_of_history_that_always_fails_is_tried_less_and_less_often() {
+    let (bench, proxy) = behind_proxy("fails_history");
+    bench.seal_history("events", &[row(1007, 0, "r", 1)]);
+    proxy.script(PUT, UPLOAD, usize::MAX, Fault::Garble);
+    let mut command = bench.upload(&[]);
+    let command = command.env("FALAJ_BIGQUERY__LOAD_EVERY", "1s").stdout(Stdio::null());
+    let _process = Guard(command.spawn().unwrap());
+    let sent = |jobs| until("jobs are sent", || proxy.count(&POST, UPLOAD) >= jobs);
+    sent(1);
+    let began = Instant::now();
+    sent(4);
+    let burnt = format!("/jobs/{}?", bench.jobs()[0].0);
+    let asked = proxy.count(&GET, &burnt);
+    sent(7);
+    // Three at once, then 4 s, three more, 7 s; the time of a job is told in whole seconds.
+    assert!(began.elapsed() > Duration::from_secs(9), "{:?}", began.elapsed());
+    assert_eq!((proxy.count(&GET, &burnt), asked > 0), (asked, true));
+}
+
+#[test]
+fn history_and_stream_take_turns_at_one_pace() {
+    let (bench, proxy) = behind_proxy("pace");
+    let copied: Vec<_> = (0..2).map(|n| row(1007 + 8 * n, 0, "r", n as i64)).collect();
+    for row in &copied {
+        bench.seal_history("events", std::slice::from_ref(row));
+    }
+    // Two schemas, two jobs.
+    bench.seal(&[("events", &rows(100, 102))]);
+    bench.seal_as(&[("events", &rows(102, 104))], true);
+    let mut command = bench.upload(&[]);
+    let command = command.env("FALAJ_BIGQUERY__LOAD_EVERY", "4s").stdout(Stdio::null());
+    let _process = Guard(command.spawn().unwrap());
+    let sent = (1..=4).map(|jobs| {
+        until("a job is sent", || proxy.count(&POST, UPLOAD) >= jobs);
+        Instant::now()
+    });
+    let sent: Vec<_> = sent.collect();
+    let pauses: Vec<_> = sent.windows(2).map(|two| two[1] - two[0]).collect();
+    // The time of a job is told in whole seconds.
+    assert!(pauses.iter().all(|pause| *pause > Duration::from_secs(2)), "{pauses:?}");
+    until("all is loaded", || bench.loaded() == 4);
+    let of_history: Vec<_> = bench.jobs().iter().map(|(id, _)| id.contains("-events-r-")).collect();
+    assert_eq!(of_history, [false, true, false, true]);
+    assert_eq!(bench.ids("events"), ids(&[copied, rows(100, 104)].concat()));
+}
+
 /// Runs `upload` until so many files of history are loaded; no job is sent for it.
 fn sends_nothing(bench: &Bench, proxy: &Proxy, files: usize) {
     let sent = proxy.count(&POST, UPLOAD);
