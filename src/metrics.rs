@@ -89,7 +89,7 @@ const GAUGES: &[(&str, &str)] = &[
     ("falaj_consume_redis_partitions", "Partitions that this process feeds the board from."),
     ("falaj_external_waiting_events", "Events read from Kafka and not yet delivered."),
     ("falaj_external_in_flight_requests", "Requests under way to the outside system."),
-    ("falaj_upload_pending_batches", "Sealed files of a table that are not loaded."),
+    ("falaj_upload_pending_batches", "Sealed files of a table that are not loaded, of the stream and of history."),
     ("falaj_upload_loaded_lsn", "Commit LSN of the last row loaded into a table, as a number."),
 ];
 

@@ -308,6 +308,21 @@ fn a_torn_file_is_named_and_other_tables_go_on() {
 }
 
 #[test]
+fn what_waits_is_told_of_stream_and_history_also_where_files_are_torn() {
+    let bench = Bench::new("pending");
+    let torn = [bench.seal(&[("events", &rows(0, 3))]), bench.seal_history("events", &[row(2007, 0, "r", 1)])];
+    torn.iter().for_each(|batch| std::fs::write(batch.join("events.parquet"), "torn").unwrap());
+    bench.seal_history("events", &[row(2015, 0, "r", 2)]);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("127.0.0.1:{port}");
+    let mut command = bench.upload(&[]);
+    let command = command.env("FALAJ_HTTP__LISTEN", &address).stdout(Stdio::null());
+    let _process = Guard(command.spawn().unwrap());
+    let told = "falaj_upload_pending_batches{table=\"events\"} 3\n";
+    until("three files are told", || bench::get(&format!("http://{address}/metrics")).contains(told));
+}
+
+#[test]
 fn rows_of_another_stream_are_refused() {
     let mut bench = Bench::new("streams");
     bench.seal(&[("events", &rows(0, 3))]);

@@ -96,6 +96,7 @@ impl TableLoad<'_> {
             record.failed.remove(&file);
             record.loaded.insert(file);
             turn.write_history(&record)?;
+            self.tell_pending(turn);
         }
         Ok(outcome)
     }

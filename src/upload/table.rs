@@ -74,6 +74,7 @@ impl TableLoad<'_> {
     /// [`Error::Fatal`] naming the file or the job that failed; [`Error::Refused`] where BigQuery or its table says no.
     pub async fn run(&self, table_id: &str) -> Result<Outcome> {
         let Some(turn) = self.take().await? else { return Ok(Outcome::default()) };
+        self.tell_pending(&turn);
         if self.once {
             let stream = self.run_stream(&turn, table_id).await?;
             return Ok(stream.and(self.run_history(&turn, table_id).await?));
@@ -99,6 +100,15 @@ impl TableLoad<'_> {
     pub(super) fn rests(&self, own: Duration, other_sent_at: Option<u64>) -> bool {
         let since_other = wait(other_sent_at.unwrap_or_default(), self.world.config.bigquery.load_every.0);
         !self.once && !own.max(since_other).is_zero()
+    }
+
+    /// Sets the figure of the files that are not loaded, by the records.
+    pub(super) fn tell_pending(&self, turn: &Turn) {
+        let stream = turn.read().map_or(self.files.len(), |record| self.new_files(&record).count());
+        let loaded = turn.read_history().unwrap_or_default();
+        let history = self.history.iter().filter(|(batch, file)| !loaded.has(batch, file)).count();
+        let pending = metrics::gauge!("falaj_upload_pending_batches", "table" => self.table.to_owned());
+        pending.set((stream + history) as f64);
     }
 
     async fn run_stream(&self, turn: &Turn, table_id: &str) -> Result<Outcome> {
@@ -174,8 +184,6 @@ impl TableLoad<'_> {
     async fn load(&self, chain: &Chain<'_>, turn: &Turn, record: &mut Record) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         while let Some(group) = self.group(record).await? {
-            let pending = metrics::gauge!("falaj_upload_pending_batches", "table" => self.table.to_owned());
-            pending.set(self.new_files(record).count() as f64);
             let fields = self.ensure_table(chain, turn, &group.sources[0]).await?;
             let key = &group.sources[0].primary_key;
             let names = columns::names_in(key, group.sources[0].schema());
@@ -195,7 +203,7 @@ impl TableLoad<'_> {
                 record.through = Some(through);
                 turn.write(record)?;
             }
-            pending.set(self.new_files(record).count() as f64);
+            self.tell_pending(turn);
             if !self.once && outcome.jobs > 0 {
                 break;
             }

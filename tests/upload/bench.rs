@@ -233,6 +233,13 @@ impl Drop for Guard {
     }
 }
 
+/// The text at an address; empty while nobody answers.
+pub fn get(url: &str) -> String {
+    let work = async { reqwest::get(url).await?.text().await };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(work).unwrap_or_default()
+}
+
 /// The files below a directory; none where it is absent.
 pub fn files(dir: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
