@@ -207,10 +207,6 @@ async fn upload(world: &World) -> Option<Part<Vec<Loaded>>> {
 }
 
 async fn loaded(world: &World) -> Result<Vec<Loaded>> {
-    // Looking for records makes their directory; a status makes nothing.
-    if !world.config.archive.dir.exists() {
-        return Ok(Vec::new());
-    }
     let mut tables: BTreeMap<String, (Loaded, Option<Record>)> = BTreeMap::new();
     let Some(records) = upload::records(world).await? else { return Ok(Vec::new()) };
     for record in records.all()? {

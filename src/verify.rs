@@ -212,7 +212,7 @@ async fn position(
 async fn bigquery(world: &World, source: &Source, project: &str, args: &cli::Verify) -> Result<SinkReport> {
     let service = BigQuery::new(&world.config.bigquery, project).await?;
     let is_there = world.at_start("bigquery", || service.has_dataset()).await?;
-    let records = Records::open(&world.config.archive.dir, &service.target())?;
+    let records = Records::look(&world.config.archive.dir, &service.target());
     let loaded = records.all()?;
     let (mut tables, mut not_compared) = (Vec::new(), Vec::new());
     for table in &source.tables {

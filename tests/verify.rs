@@ -213,6 +213,23 @@ async fn a_removed_and_a_doubled_row_of_history_alone_are_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn verify_and_status_write_nothing_into_the_archive() {
+    let p = Pipeline::new("verify_reads").await;
+    p.run("INSERT INTO engagement_events (event_ts) SELECT now() FROM generate_series(1, 3)").await;
+    p.produce().await;
+    let there = || {
+        let entries = std::fs::read_dir(p.archive()).unwrap().map(|entry| entry.unwrap().file_name());
+        entries.collect::<std::collections::BTreeSet<_>>()
+    };
+    let before = there();
+    let (code, report) = verify(&p, &[]).await;
+    assert_eq!((code, &table(&report, "bigquery", "engagement_events")["changed_since"]), (Some(0), &3.into()));
+    let status: Value = serde_json::from_str(&p.start(&["status", "--json"]).ends_well().await).unwrap();
+    assert_eq!(status["upload"][0]["pending_files"], 1, "{status}");
+    assert_eq!(there(), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn history_that_waits_for_its_load_is_left_out() {
     let mut p = Pipeline::bare(Servers::shared(), "verify_waits").await;
     p.set("FALAJ_PRODUCE__TRANSACTION_BYTES", "64KiB");

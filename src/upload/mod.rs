@@ -73,16 +73,16 @@ pub async fn run(world: &World, args: &cli::Upload) -> Result<()> {
     }
 }
 
-/// The records of what is loaded; `None` without a project. For `status`.
+/// The records of what is loaded, to be read alone; `None` without a project. For `status`.
 ///
 /// # Errors
-/// [`Error::Refused`] for unusable credentials or archive.
+/// [`Error::Refused`] for unusable credentials.
 pub async fn records(world: &World) -> Result<Option<Records>> {
     let Some(project) = world.config.bigquery.project.as_deref().filter(|p| !p.is_empty()) else {
         return Ok(None);
     };
     let target = BigQuery::new(&world.config.bigquery, project).await?.target();
-    Records::open(&world.config.archive.dir, &target).map(Some)
+    Ok(Some(Records::look(&world.config.archive.dir, &target)))
 }
 
 /// How many files of history are not loaded, by table. For `status`.

@@ -103,16 +103,22 @@ impl Records {
     /// # Errors
     /// [`Error::Refused`] when the archive cannot be written.
     pub fn open(archive: &Path, target: &str) -> Result<Self> {
-        let dir = archive.join(DIR).join(short_name(target));
-        match std::fs::create_dir_all(&dir) {
-            Ok(()) => Ok(Self { dir }),
-            Err(e) => Err(Error::refused(
+        let records = Self::look(archive, target);
+        let refused = |e| {
+            Error::refused(
                 "archive_directory",
-                format!("creating {}: {e}", dir.display()),
+                format!("creating {}: {e}", records.dir.display()),
                 "an archive directory that upload may write its record into",
                 "mend archive.dir or its rights",
-            )),
-        }
+            )
+        };
+        std::fs::create_dir_all(&records.dir).map_err(refused)?;
+        Ok(records)
+    }
+
+    /// The same to be read alone: nothing is made, and where there is no directory there are no records.
+    pub fn look(archive: &Path, target: &str) -> Self {
+        Self { dir: archive.join(DIR).join(short_name(target)) }
     }
 
     /// Takes a table; `None` while another process has it. Blocking, but never for long.
@@ -143,7 +149,11 @@ impl Records {
     pub fn all(&self) -> Result<Vec<Record>> {
         let failed = |e| Error::fatal(format_args!("reading {}", self.dir.display()), e);
         let mut records = Vec::new();
-        for entry in std::fs::read_dir(&self.dir).map_err(failed)? {
+        let entries = match std::fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(records),
+            entries => entries.map_err(failed)?,
+        };
+        for entry in entries {
             let path = entry.map_err(failed)?.path();
             if path.extension().is_some_and(|e| e == "json") {
                 records.extend(read::<Record>(&path));
@@ -264,6 +274,14 @@ mod tests {
         assert_eq!(records.all().unwrap(), [record]);
         std::fs::write(turn.record(), "{\"torn").unwrap();
         assert_eq!(turn.read(), None);
+    }
+
+    #[test]
+    fn who_looks_makes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::look(dir.path(), "t");
+        assert_eq!((records.all().unwrap(), records.history("a")), (vec![], History::default()));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
