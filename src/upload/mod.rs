@@ -1,14 +1,18 @@
 //! Sealed Parquet batches → BigQuery load jobs, never a row twice.
 //!
-//! A round lists the archive, and each table with something new takes its turn: see [`table`]; the reason why a crash, a
-//! lost answer, a second process or a lost record doubles nothing is in [`chain`].
+//! The archive is listed again and again, and each table takes its turns: see [`table`]; the reason why a crash, a lost answer,
+//! a second process or a lost record doubles nothing is in [`chain`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::Path;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use tokio::sync::Semaphore;
 use tracing::{error, info};
 
 use crate::archive::{self, Batch, DataFile};
@@ -43,7 +47,7 @@ const CHECK: &str = "upload";
 pub type TableFiles = Vec<(Batch, DataFile)>;
 
 /// What is sealed of one table.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Sealed {
     /// What the stream has brought.
     pub stream: TableFiles,
@@ -119,21 +123,12 @@ async fn work(world: &World, args: &cli::Upload, project: &str) -> Result<()> {
     let service = BigQuery::new(&world.config.bigquery, project).await?;
     world.at_start(media::CHECK, || service.ensure_dataset()).await?;
     let records = Records::open(&world.config.archive.dir, &service.target())?;
-    if args.once {
-        return once(world, &service, &records).await;
+    let places = Semaphore::new(TABLES_AT_ONCE);
+    let work = Work { world, service: &service, records: &records, once: args.once, places: &places };
+    match args.once {
+        true => work.once().await,
+        false => work.go_on().await,
     }
-    info!(target = service.target(), every = %world.config.bigquery.load_every, "loading sealed batches");
-    let mut resting = Resting::new();
-    loop {
-        round(world, &service, &records, Some(&mut resting)).await?;
-        world.pause(LIST_EVERY).await?;
-    }
-}
-
-async fn once(world: &World, service: &BigQuery, records: &Records) -> Result<()> {
-    let outcome = round(world, service, records, None).await?;
-    tell(format_args!("{}: {} load jobs, {} rows", service.target(), outcome.jobs, outcome.rows));
-    outcome.failure.map_or(Ok(()), Err)
 }
 
 /// A line on stdout. A reader that has gone away is no reason to stop loading.
@@ -141,62 +136,113 @@ fn tell(line: std::fmt::Arguments<'_>) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-/// What a round has done.
-#[derive(Default)]
-struct Round {
-    jobs: u64,
-    rows: u64,
-    failure: Option<Error>,
+/// What the turns of all tables share.
+#[derive(Clone, Copy)]
+struct Work<'a> {
+    world: &'a World,
+    service: &'a BigQuery,
+    records: &'a Records,
+    /// Everything that is sealed is loaded.
+    once: bool,
+    places: &'a Semaphore,
 }
 
-/// Tables that have failed, with the time of the next try.
-type Resting = BTreeMap<String, Instant>;
+/// A table, and how its turn has ended.
+type Ended = (String, Result<Outcome>);
 
-/// Each table's turn; without `resting`, everything that is sealed is loaded.
-async fn round(
-    world: &World,
-    service: &BigQuery,
-    records: &Records,
-    mut resting: Option<&mut Resting>,
-) -> Result<Round> {
-    let mut tables = sealed(&world.config.archive.dir)?;
-    let ids = table_ids(tables.keys());
-    let once = resting.is_none();
-    if let Some(resting) = resting.as_deref_mut() {
-        resting.retain(|_, until| *until > Instant::now());
-        tables.retain(|table, _| !resting.contains_key(table));
-    }
-    // Made ahead: a stream that maps by itself could not be moved between threads.
-    let mut turns = Vec::with_capacity(tables.len());
-    for (table, Sealed { stream: files, history }) in &tables {
-        let load = TableLoad { world, service, records, table, files, history, once, copy: None };
-        let id = ids[table]
-            .clone()
-            .map_err(|why| Error::refused("bigquery_table", why, "a name of its own in BigQuery", RENAME));
-        turns.push(async move { (table, async { load.run(&id?).await }.await) });
-    }
-    let mut all = Round::default();
-    let mut turns = futures_util::stream::iter(turns).buffer_unordered(TABLES_AT_ONCE);
-    while let Some((table, outcome)) = turns.next().await {
-        match outcome {
-            Ok(Outcome { jobs, rows }) => (all.jobs, all.rows) = (all.jobs + jobs, all.rows + rows),
-            Err(failure) => {
-                error!(table, "{failure}");
-                metrics::counter!("falaj_upload_table_failures_total", "table" => table.clone()).increment(1);
-                if let Some(resting) = resting.as_deref_mut() {
-                    resting.insert(table.clone(), Instant::now() + world.config.bigquery.load_every.0);
+impl<'a> Work<'a> {
+    /// Each table's one turn.
+    async fn once(self) -> Result<()> {
+        let (mut all, mut failed) = (Outcome::default(), None);
+        let mut turns: FuturesUnordered<_> = self.turns(&self.sealed()?, |_| true).into_values().collect();
+        while let Some((table, outcome)) = turns.next().await {
+            match outcome {
+                Ok(outcome) => all = all.and(outcome),
+                Err(failure) => {
+                    self.tell_failure(&table, &failure);
+                    failed.get_or_insert(failure);
                 }
-                all.failure.get_or_insert(failure);
+            }
+        }
+        tell(format_args!("{}: {} load jobs, {} rows", self.service.target(), all.jobs, all.rows));
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Turn after turn of each table, without waiting for those of the others: a job that does not end holds up its own table.
+    async fn go_on(self) -> Result<()> {
+        let every = self.world.config.bigquery.load_every;
+        info!(target = self.service.target(), %every, "loading sealed batches");
+        let (mut busy, mut turns) = (BTreeSet::new(), FuturesUnordered::new());
+        // Tables whose last turn has failed, with the time of the next one.
+        let mut resting: BTreeMap<String, Instant> = BTreeMap::new();
+        loop {
+            let tables = self.sealed()?;
+            resting.retain(|table, _| tables.contains_key(table));
+            let is_due =
+                |table: &str| !busy.contains(table) && resting.get(table).is_none_or(|until| *until <= Instant::now());
+            for (table, turn) in self.turns(&tables, is_due) {
+                busy.insert(table);
+                turns.push(turn);
+            }
+            let mut pause = pin!(self.world.pause(LIST_EVERY));
+            loop {
+                let (table, outcome) = tokio::select! {
+                    Some(ended) = turns.next() => ended,
+                    passed = &mut pause => break passed?,
+                };
+                busy.remove(&table);
+                match outcome {
+                    Ok(_) => _ = resting.remove(&table),
+                    Err(failure) => {
+                        self.tell_failure(&table, &failure);
+                        resting.insert(table, Instant::now() + every.0);
+                    }
+                }
+            }
+            if resting.is_empty() {
+                self.world.health.ok(CHECK);
             }
         }
     }
-    drop(turns);
-    match &all.failure {
-        Some(failure) => world.health.failing(CHECK, failure),
-        None if resting.is_none_or(|r| r.is_empty()) => world.health.ok(CHECK),
-        None => {}
+
+    fn sealed(self) -> Result<BTreeMap<String, Sealed>> {
+        sealed(&self.world.config.archive.dir)
     }
-    Ok(all)
+
+    fn tell_failure(self, table: &str, failure: &Error) {
+        error!(table, "{failure}");
+        metrics::counter!("falaj_upload_table_failures_total", "table" => table.to_owned()).increment(1);
+        self.world.health.failing(CHECK, failure);
+    }
+
+    /// The turns of those tables that are due.
+    fn turns(
+        self,
+        tables: &BTreeMap<String, Sealed>,
+        is_due: impl Fn(&str) -> bool,
+    ) -> BTreeMap<String, BoxFuture<'a, Ended>> {
+        let ids = table_ids(tables.keys());
+        let due = tables.iter().filter(|(table, _)| is_due(table));
+        due.map(|(table, sealed)| {
+            let turn = self.turn(table.clone(), sealed.clone(), ids[table].clone());
+            (table.clone(), turn.boxed())
+        })
+        .collect()
+    }
+
+    async fn turn(self, table: String, sealed: Sealed, id: Result<String, String>) -> Ended {
+        let Self { world, service, records, once, places } = self;
+        let Sealed { stream: files, history } = &sealed;
+        let load = TableLoad { world, service, records, table: &table, files, history, once, copy: None };
+        let run = async {
+            let id =
+                id.map_err(|why| Error::refused("bigquery_table", why, "a name of its own in BigQuery", RENAME))?;
+            let _place = places.acquire().await.map_err(|e| Error::fatal("waiting for a turn", e))?;
+            load.run(&id).await
+        };
+        let outcome = run.await;
+        (table, outcome)
+    }
 }
 
 const RENAME: &str = "rename the table in Postgres, or leave it out of the publication";

@@ -108,6 +108,21 @@ fn a_job_that_runs_is_waited_for() {
 }
 
 #[test]
+fn a_job_that_never_ends_holds_up_its_own_table_alone() {
+    let (bench, proxy) = behind_proxy("endless");
+    bench.seal(&[("a", &rows(0, 2)), ("b", &rows(0, 2))]);
+    proxy.script(PUT, UPLOAD, 2, Fault::StillRunning);
+    proxy.script(GET, "/projects/local/jobs/falaj-test-a-start", usize::MAX, Fault::StillRunning);
+    let mut command = bench.upload(&[]);
+    let command = command.env("FALAJ_BIGQUERY__LOAD_EVERY", "1s").stdout(Stdio::null());
+    let _process = Guard(command.spawn().unwrap());
+    until("each table has its job", || bench.loaded() == 2);
+    bench.seal(&[("a", &rows(2, 4)), ("b", &rows(2, 4))]);
+    until("the other table goes on", || bench.loaded() == 3);
+    assert_eq!((bench.ids("a"), bench.ids("b")), (ids(&rows(0, 2)), ids(&rows(0, 4))));
+}
+
+#[test]
 fn a_failed_job_has_loaded_nothing_and_the_next_generation_loads() {
     let (bench, _) = survives("failed", PUT, UPLOAD, 1, Fault::Garble);
     let jobs = bench.jobs();
