@@ -310,9 +310,9 @@ fn a_torn_file_is_named_and_other_tables_go_on() {
 #[test]
 fn what_waits_is_told_of_stream_and_history_also_where_files_are_torn() {
     let bench = Bench::new("pending");
-    let torn = [bench.seal(&[("events", &rows(0, 3))]), bench.seal_history("events", &[row(2007, 0, "r", 1)])];
-    torn.iter().for_each(|batch| std::fs::write(batch.join("events.parquet"), "torn").unwrap());
-    bench.seal_history("events", &[row(2015, 0, "r", 2)]);
+    let copied = [2007, 2015].map(|lsn| bench.seal_history("events", &[row(lsn, 0, "r", 1)]));
+    let torn = [bench.seal(&[("events", &rows(0, 3))])].into_iter().chain(copied);
+    torn.for_each(|batch| std::fs::write(batch.join("events.parquet"), "torn").unwrap());
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let address = format!("127.0.0.1:{port}");
     let mut command = bench.upload(&[]);
@@ -320,6 +320,22 @@ fn what_waits_is_told_of_stream_and_history_also_where_files_are_torn() {
     let _process = Guard(command.spawn().unwrap());
     let told = "falaj_upload_pending_batches{table=\"events\"} 3\n";
     until("three files are told", || bench::get(&format!("http://{address}/metrics")).contains(told));
+}
+
+#[test]
+fn a_torn_file_of_history_does_not_hold_up_those_behind_it() {
+    let bench = Bench::new("torncopy");
+    let torn = bench.seal_history("events", &[row(2007, 0, "r", 1)]).join("events.parquet");
+    let whole = std::fs::read(&torn).unwrap();
+    std::fs::write(&torn, "torn").unwrap();
+    let second = row(2015, 0, "r", 2);
+    bench.seal_history("events", std::slice::from_ref(&second));
+    let output = bench.once();
+    assert!(output.status.code() == Some(1) && text(&output).contains(torn.to_str().unwrap()), "{}", text(&output));
+    assert_eq!(bench.ids("events"), ids(std::slice::from_ref(&second)));
+    std::fs::write(&torn, whole).unwrap();
+    bench.loads();
+    assert_eq!(bench.ids("events"), ids(&[row(2007, 0, "r", 1), second]));
 }
 
 #[test]

@@ -16,7 +16,7 @@ use super::chain::Link;
 use super::columns;
 use super::files::Source;
 use super::media::CHECK;
-use super::record::{Turn, now, wait_after};
+use super::record::{Turn, now, wait, wait_after};
 use super::table::{Outcome, TableLoad, prepare, told};
 use crate::archive::{Batch, DataFile};
 use crate::error::{Error, Result};
@@ -71,7 +71,8 @@ pub(super) fn name(batch: &Batch, file: &DataFile) -> String {
 }
 
 impl TableLoad<'_> {
-    /// Loads the history that is new. Without `once`, at most one job, and none while it is too soon after the table's last one.
+    /// Loads the history that is new. Without `once`, at most one job, and none while it is too soon after the table's last one. A
+    /// file that cannot be loaded does not hold up those behind it.
     pub(super) async fn run_history(&self, turn: &Turn, table_id: &str) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         if self.history.is_empty() {
@@ -80,16 +81,24 @@ impl TableLoad<'_> {
         let all = || self.history.iter().map(|(batch, file)| name(batch, file)).collect();
         let lost = || History { unsure: all(), ..History::default() };
         let mut record = turn.read_history().unwrap_or_else(lost);
+        let (every, mut failed) = (self.world.config.bigquery.load_every.0, None);
         for (batch, file) in self.history {
             if record.has(batch, file) {
                 continue;
             }
-            let own = record.wait(&name(batch, file), self.world.config.bigquery.load_every.0);
-            if self.rests(own, turn.read().map(|stream| stream.sent_at)) {
+            if self.rests(wait(record.sent_at, every), turn.read().map(|stream| stream.sent_at)) {
                 break;
             }
-            if let Some(rows) = self.load_file(turn, table_id, batch, file, &mut record).await? {
-                (outcome.jobs, outcome.rows) = (outcome.jobs + 1, outcome.rows + rows);
+            if !self.once && !record.wait(&name(batch, file), every).is_zero() {
+                continue;
+            }
+            match self.load_file(turn, table_id, batch, file, &mut record).await {
+                Ok(Some(rows)) => (outcome.jobs, outcome.rows) = (outcome.jobs + 1, outcome.rows + rows),
+                Ok(None) => {}
+                Err(failure) => {
+                    failed.get_or_insert(failure);
+                    continue;
+                }
             }
             let file = name(batch, file);
             record.unsure.remove(&file);
@@ -98,7 +107,7 @@ impl TableLoad<'_> {
             turn.write_history(&record)?;
             self.tell_pending(turn);
         }
-        Ok(outcome)
+        failed.map_or(Ok(outcome), Err)
     }
 
     /// Gives the number of rows; `None` when no job had to be sent.
@@ -120,12 +129,13 @@ impl TableLoad<'_> {
         }
         let fields = self.ensure_table(&chain, turn, &source).await?;
         let file = name(batch, file);
-        let is_there = || self.service.has_history(table_id, batch.first, batch.last);
-        if record.unsure.contains(&file) && self.world.for_ever(CHECK, is_there).await? {
-            return Ok(None);
-        }
         let key = &source.primary_key;
         let key: Vec<_> = key.iter().cloned().zip(columns::names_in(key, source.schema())).collect();
+        let is_there = || self.service.has_history(table_id, batch.first, batch.last);
+        if record.unsure.contains(&file) && self.world.for_ever(CHECK, is_there).await? {
+            // Who sent the job may have ended before the table had its view.
+            return self.ensure_view(&chain, &key, &fields).await.map(|()| None);
+        }
         let load = prepare(vec![source], None, Lsn(u64::MAX), fields.clone(), turn.scratch()).await?;
         let Some(load) = load else { return Ok(None) };
         let (job, sent) = match chain.look_for_history(&file, load.first, load.last, record.generation(&file)).await? {
