@@ -25,7 +25,7 @@ impl fmt::Display for Refusal {
 }
 
 /// Every error that leaves a module of falaj.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// The command line is wrong. Exit 2.
     #[error("{0}")]

@@ -162,7 +162,11 @@ async fn run_session(world: &World, mut session: Session, mut until: Option<&mut
     let outcome = loop {
         tokio::select! {
             biased;
-            () = world.stop.cancelled() => break drain(&mut session).await.map(|()| End::Done),
+            () = world.stop.cancelled() => {
+                // What may be of another history comes again.
+                let drained = if session.walk.history.is_proven() { drain(&mut session).await } else { Ok(()) };
+                break drained.map(|()| End::Done);
+            }
             moved = session.outlets.moved() => match moved.and_then(|()| session.acknowledge()) {
                 Ok(()) => {}
                 Err(error) => break Err(error),

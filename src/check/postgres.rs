@@ -108,7 +108,7 @@ impl Postgres {
         };
         let found = match &state {
             Ok(state) if state.failover => role::failover_found(client, slot_found(name, state)).await,
-            state => state.as_ref().map(|s| slot_found(name, s)).map_err(clone),
+            state => state.as_ref().map(|s| slot_found(name, s)).map_err(Error::clone),
         };
         self.push("slot", "a pgoutput slot with its WAL", found);
         let base = state::header(&config.state.dir);
@@ -399,7 +399,7 @@ fn slot_found(name: &str, state: &SlotState) -> Found {
 
 fn lookup_state(config: &Config, base: &Result<Option<BaseHeader>>, identity: Option<&SlotIdentity>) -> Result<Found> {
     let (dir, slot) = (&config.state.dir, &config.postgres.slot);
-    let Some(base) = base.as_ref().map_err(clone)? else { return Err(unknown_state(dir, slot)) };
+    let Some(base) = base.as_ref().map_err(Error::clone)? else { return Err(unknown_state(dir, slot)) };
     if let Some(identity) = identity {
         state_is_ours(dir, Some(base), identity)?;
         enrich::require_identity(dir, base, identity)?;
@@ -472,15 +472,6 @@ pub async fn identity(conninfo: &Conninfo, slot: &str) -> Result<SlotIdentity> {
 pub(super) async fn setting(client: &Client, name: &str) -> Result<String> {
     let row = client.query_one("SELECT pg_catalog.current_setting($1)", &[&name]).await;
     Ok(row.map_err(|e| sql_error(name, &e))?.get(0))
-}
-
-/// Errors are not `Clone`; a refusal and an outage are all that is told twice.
-fn clone(error: &Error) -> Error {
-    match error {
-        Error::Refused(refusal) => Error::Refused(refusal.clone()),
-        Error::Unreachable { what, why } => Error::unreachable(what, why),
-        other => Error::Fatal(other.to_string()),
-    }
 }
 
 #[cfg(test)]

@@ -126,7 +126,8 @@ pub async fn read_board(config: &Config, top: usize) -> Result<BoardView> {
 #[derive(Default)]
 pub struct SharedBoard {
     store: Option<Store>,
-    held: Option<(Instant, usize, BoardView)>,
+    /// Since when, with how many contents at most, and what was found.
+    held: Option<(Instant, usize, Result<BoardView>)>,
 }
 
 impl SharedBoard {
@@ -135,20 +136,25 @@ impl SharedBoard {
     /// # Errors
     /// As [`read_board`].
     pub async fn read(&mut self, config: &Config, top: usize) -> Result<BoardView> {
-        if let Some((at, most, view)) = &self.held
-            && (at.elapsed() < HELD && *most >= top)
-        {
-            let mut view = view.clone();
-            view.top.truncate(top);
-            return Ok(view);
+        let is_fresh = |(at, most, _): &(Instant, usize, _)| at.elapsed() < HELD && *most >= top;
+        if !self.held.as_ref().is_some_and(is_fresh) {
+            let store = match self.store.take() {
+                Some(store) => store,
+                None => Store::new(config)?,
+            };
+            let found = read(self.store.insert(store), top).await;
+            // Who has waited for an answer that never came need not wait for the next one.
+            self.held = Some((Instant::now(), top, found));
         }
-        let store = match self.store.take() {
-            Some(store) => store,
-            None => Store::new(config)?,
-        };
-        let view = read(self.store.insert(store), top).await?;
-        self.held = Some((Instant::now(), top, view.clone()));
-        Ok(view)
+        match &self.held {
+            Some((_, _, Ok(view))) => {
+                let mut view = view.clone();
+                view.top.truncate(top);
+                Ok(view)
+            }
+            Some((_, _, Err(error))) => Err(error.clone()),
+            None => Err(Error::fatal("reading the board", "nothing was read")),
+        }
     }
 }
 

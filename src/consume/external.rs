@@ -93,7 +93,7 @@ impl Outlet<'_> {
         while let Read::Anew = self.read(&group).await? {
             let topic = group.topic().to_owned();
             warn!(topic, "the topic was made anew: what is in hand is delivered, then it is read from its beginning");
-            let left = group.give_up().await;
+            let left = group.give_up(&self.world.stop).await;
             if !self.finish(&left).await? {
                 let unfinished = left.lock().unfinished();
                 error!(topic, unfinished, "stopped; these events are in Kafka no more: falaj replay --sink external");
@@ -125,7 +125,13 @@ impl Outlet<'_> {
                     if group.ledger().lock().owns_nothing() {
                         self.sender.rest();
                     }
-                    if self.at_end(group).await? { break }
+                    if self.at_end(group).await? {
+                        // Its offsets would be of another topic.
+                        if self.identity.changes_now(group).await {
+                            return Ok(Read::Anew);
+                        }
+                        break;
+                    }
                 }
             }
         }
@@ -237,7 +243,10 @@ impl Outlet<'_> {
         let outcome = timeout(DRAIN, finish).await;
         let unfinished = group.ledger().lock().unfinished();
         self.tasks.abort_all();
-        group.leave().await;
+        match self.identity.changes_now(&group).await {
+            true => drop(group.give_up(&self.world.stop).await),
+            false => group.leave().await,
+        }
         if unfinished > 0 {
             info!(unfinished, "stopped; these events are delivered after the next start");
         }

@@ -270,6 +270,7 @@ impl Walk {
         }
         self.events += self.messages.push_waiting(None, sinks)?;
         (self.resume, self.last) = (self.resume.max(end_lsn), None);
+        self.history.ends();
         self.lookups = self.enricher.changed;
         self.lag.committed(end_lsn, commit_ts);
         Ok(None)
@@ -362,7 +363,7 @@ impl Walk {
     }
 
     fn change(&mut self, change: &Change<'_>, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
-        self.history.has_row(Commit { lsn: change.at.commit_lsn, ts: change.commit_ts })?;
+        self.history.has_row()?;
         let Some(known) = self.layouts.get(&change.relation) else {
             return Err(Error::Fatal(format!(
                 "{}: a row of relation {} before its schema",
@@ -386,6 +387,7 @@ impl Walk {
             self.enricher.fold(lookup, &known.relation, change)?;
         }
         self.last = Some(change.at);
+        self.history.last = Some(Commit { lsn: change.at.commit_lsn, ts: change.commit_ts });
         self.events += 1;
         Ok(())
     }

@@ -12,6 +12,7 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Reb
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Message, Offset, TopicPartitionList};
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::envelope::Content;
@@ -24,8 +25,7 @@ use crate::world::World;
 pub const CHECK: &str = "kafka_external";
 /// How long the last commit and leaving the group may take at a shutdown.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// How often the offsets in a topic that was made anew are set again where the group is between two states, and how long after.
-const TRIES: usize = 20;
+/// After how long the offsets in a topic that was made anew are set again, where the group takes no commits.
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// What the read loop sees next.
@@ -201,18 +201,16 @@ impl Group {
     }
 
     /// The topic was made anew. What the group has committed, perhaps just now, is of the old one: this member's partitions are
-    /// set to their beginning, and it leaves. Gives what was read and is not done.
-    pub async fn give_up(self) -> SharedLedger {
+    /// set to their beginning, and it leaves. Gives what was read and is not done. With `stop` cancelled it is tried once.
+    pub async fn give_up(self, stop: &CancellationToken) -> SharedLedger {
+        let stop = stop.clone();
         let left = SharedLedger(Arc::new(Mutex::new(std::mem::take(&mut *self.ledger.lock()))));
         let owned: Vec<_> = left.lock().partitions().collect();
         let begin = owned.iter().map(|partition| ((self.topic.clone(), *partition), Offset::Offset(0))).collect();
         let work = tokio::task::spawn_blocking(move || {
             // Other members leave too, and in between a group takes no commits.
             let mut committed = self.consumer.commit(&begin, CommitMode::Sync);
-            for _ in 0..TRIES {
-                if begin.count() == 0 || committed.is_ok() {
-                    break;
-                }
+            while begin.count() > 0 && committed.is_err() && !stop.is_cancelled() {
                 std::thread::sleep(PAUSE);
                 committed = self.consumer.commit(&begin, CommitMode::Sync);
             }

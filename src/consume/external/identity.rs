@@ -4,12 +4,15 @@
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use super::group::Group;
 use crate::error::Result;
 
 /// How often Kafka is asked.
 const EVERY: Duration = Duration::from_secs(5);
+/// How long the answer may take that is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What is known of the topic's identity.
 pub struct Identity {
@@ -24,18 +27,30 @@ impl Identity {
         Self { known: None, due: Instant::now(), asked: None }
     }
 
+    /// As [`Identity::has_changed`], asked now: before offsets are relied on. Without an answer it is the same one.
+    pub async fn changes_now(&mut self, group: &Group) -> bool {
+        match timeout(PATIENCE, group.topic_id()).await {
+            Ok(Ok(id)) => self.is_other(id),
+            _ => false,
+        }
+    }
+
     /// Whether the topic was made anew since the last answer. Asks when it is time, and does not wait.
     pub async fn has_changed(&mut self, group: &Group) -> bool {
         if let Some(asked) = self.asked.take_if(|asked| asked.is_finished()) {
             self.due = Instant::now() + EVERY;
             // Without an answer, or while there is no topic, it is the same one.
             if let Ok(Ok(id)) = asked.await {
-                return self.known.replace(id.clone()).is_some_and(|known| known != id);
+                return self.is_other(id);
             }
         }
         if self.asked.is_none() && Instant::now() >= self.due {
             self.asked = Some(tokio::spawn(group.topic_id()));
         }
         false
+    }
+
+    fn is_other(&mut self, id: String) -> bool {
+        self.known.replace(id.clone()).is_some_and(|known| known != id)
     }
 }
