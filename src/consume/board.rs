@@ -131,7 +131,7 @@ pub struct SharedBoard {
 }
 
 impl SharedBoard {
-    /// The board with the best `top` contents, not older than [`HELD`].
+    /// The board with the best `top` contents, at most a fifth of a second old.
     ///
     /// # Errors
     /// As [`read_board`].
