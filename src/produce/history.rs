@@ -28,7 +28,8 @@ impl History {
         let (to_come, past): (Vec<_>, Vec<_>) =
             known().map(|(commit, _)| commit).partition(|commit| commit.lsn >= confirmed);
         let empty = known().map(|(commit, resume)| (commit.lsn, resume)).collect();
-        let first = positions.iter().all(Option::is_none).then_some(Commit::NONE);
+        // While a sink has no position, nothing but the slot's beginning was ever acknowledged.
+        let first = positions.iter().any(Option::is_none).then_some(Commit::NONE);
         let last = past.into_iter().max_by_key(|commit| commit.lsn).or(first);
         Self { to_come, empty, strange: None, last }
     }
@@ -145,6 +146,7 @@ mod tests {
         assert_eq!(history.has_row().unwrap_err().exit_code(), 78);
         // A new pipeline says that there was none; an older falaj said nothing.
         assert_eq!(History::new(&[None, None], Lsn(100)).last, Some(Commit::NONE));
+        assert_eq!(History::new(&[None, at(300, Some(commit(200, 7)))], Lsn(100)).last, Some(Commit::NONE));
         let mut idle = History::new(&[at(300, Some(Commit::NONE)), None], Lsn(100));
         idle.begins(commit(250, 8)).unwrap();
         assert_eq!(idle.has_row().unwrap_err().exit_code(), 78);
