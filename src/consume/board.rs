@@ -137,24 +137,23 @@ impl SharedBoard {
     /// As [`read_board`].
     pub async fn read(&mut self, config: &Config, top: usize) -> Result<BoardView> {
         let is_fresh = |(at, most, _): &(Instant, usize, _)| at.elapsed() < HELD && *most >= top;
-        if !self.held.as_ref().is_some_and(is_fresh) {
-            let store = match self.store.take() {
-                Some(store) => store,
-                None => Store::new(config)?,
-            };
-            let found = read(self.store.insert(store), top).await;
-            // Who has waited for an answer that never came need not wait for the next one.
-            self.held = Some((Instant::now(), top, found));
-        }
-        match &self.held {
-            Some((_, _, Ok(view))) => {
-                let mut view = view.clone();
-                view.top.truncate(top);
-                Ok(view)
+        let held = match self.held.take().filter(is_fresh) {
+            Some(held) => held,
+            None => {
+                let store = match self.store.take() {
+                    Some(store) => store,
+                    None => Store::new(config)?,
+                };
+                let found = read(self.store.insert(store), top).await;
+                // Who has waited for an answer that never came need not wait for the next one.
+                (Instant::now(), top, found)
             }
-            Some((_, _, Err(error))) => Err(error.clone()),
-            None => Err(Error::fatal("reading the board", "nothing was read")),
+        };
+        let mut found = self.held.insert(held).2.clone();
+        if let Ok(view) = &mut found {
+            view.top.truncate(top);
         }
+        found
     }
 }
 
