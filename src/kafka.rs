@@ -1,6 +1,7 @@
 //! What every Kafka client of falaj shares: configuration, error classes, metadata, topics.
 
 mod committed;
+mod probe;
 mod topic_id;
 
 use std::collections::BTreeMap;
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::{Client, DefaultClientContext};
 use rdkafka::error::KafkaError;
+use rdkafka::metadata::Metadata;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{ClientConfig, ClientContext};
 
@@ -16,6 +18,7 @@ use crate::config::Kafka;
 use crate::error::{Error, Result};
 
 pub use committed::{read_committed, settle};
+pub use probe::{Probe, explained};
 pub use topic_id::topic_id;
 
 /// `transaction.timeout.ms` where nothing else is set.
@@ -82,7 +85,9 @@ pub fn admin(config: &Kafka) -> Result<AdminClient<DefaultClientContext>> {
     client(config).create().map_err(|e| error(config, &e))
 }
 
-/// Sorts a librdkafka error: refused (rights, password, configuration), or unreachable for now.
+/// Sorts a librdkafka error: refused (rights, configuration), or unreachable for now. `_AUTHENTICATION` is of the latter: it is also
+/// what a connection that is cut off within its handshake gives, and a password that was right is not wrong for that. At a start
+/// a [`Probe`] tells the two apart.
 pub fn error(config: &Kafka, e: &KafkaError) -> Error {
     use RDKafkaErrorCode as Code;
     // Without the value, which may be a secret also under a key that does not exist.
@@ -109,17 +114,20 @@ pub fn error(config: &Kafka, e: &KafkaError) -> Error {
             | Code::GroupAuthorizationFailed
             | Code::ClusterAuthorizationFailed
             | Code::TransactionalIdAuthorizationFailed
-            | Code::SaslAuthenticationFailed
-            | Code::Authentication,
-        ) => Error::refused(
-            "kafka_rights",
-            e.to_string(),
-            "an account that may read, write and use transactions",
-            "mend sasl.* under [kafka], or grant the rights (docs/operations.md)",
-        ),
+            | Code::SaslAuthenticationFailed,
+        ) => no_rights(e.to_string()),
         Some(Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch) => Error::Fenced(e.to_string()),
         _ => Error::unreachable(format!("Kafka at {}", config.servers()), e),
     }
+}
+
+fn no_rights(found: String) -> Error {
+    Error::refused(
+        "kafka_rights",
+        found,
+        "an account that may read, write and use transactions",
+        "mend sasl.* under [kafka], or grant the rights (docs/operations.md)",
+    )
 }
 
 /// Whether the broker would refuse a record again for the same reason.
@@ -183,7 +191,7 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
 /// Partition count of a topic; `None` when it does not exist. Blocking: call it from a blocking thread.
 ///
 /// # Errors
-/// [`Error::Unreachable`] when no broker answers within [`TIMEOUT`].
+/// As [`topics`].
 pub fn partitions(config: &Kafka, topic: &str) -> Result<Option<usize>> {
     Ok(topics(config, TIMEOUT)?.get(topic).copied())
 }
@@ -193,33 +201,46 @@ pub fn partitions(config: &Kafka, topic: &str) -> Result<Option<usize>> {
 /// Blocking: call it from a blocking thread.
 ///
 /// # Errors
-/// [`Error::Unreachable`] when no broker answers within `patience`.
+/// As [`Probe::metadata`].
 pub fn topics(config: &Kafka, patience: Duration) -> Result<BTreeMap<String, usize>> {
-    topics_of(config, admin(config)?.inner(), patience)
+    Ok(usable(&Probe::new(config, &[])?.metadata(patience)?))
 }
 
 /// The same through a client that is there: to connect and to end one of its own takes a tenth of a second.
 /// Blocking: call it from a blocking thread.
 ///
 /// # Errors
-/// As [`topics`].
+/// [`Error::Unreachable`] when no broker answers within `patience`, whatever the reason.
 pub fn topics_of<C: ClientContext>(
     config: &Kafka,
     client: &Client<C>,
     patience: Duration,
 ) -> Result<BTreeMap<String, usize>> {
-    let metadata = client.fetch_metadata(None, patience).map_err(|e| error(config, &e))?;
-    let usable = metadata.topics().iter().filter(|t| t.error().is_none() && !t.partitions().is_empty());
-    Ok(usable.map(|t| (t.name().to_owned(), t.partitions().len())).collect())
+    Ok(usable(&client.fetch_metadata(None, patience).map_err(|e| error(config, &e))?))
 }
 
-/// A topic that is not there: `init` makes them, nothing else does by accident.
-pub fn no_topic(topic: &str) -> Error {
+fn usable(metadata: &Metadata) -> BTreeMap<String, usize> {
+    let usable = metadata.topics().iter().filter(|t| t.error().is_none() && !t.partitions().is_empty());
+    usable.map(|t| (t.name().to_owned(), t.partitions().len())).collect()
+}
+
+/// Topics of events and dead letters that are not there: `init` makes them, nothing else does by accident.
+pub fn no_topics(missing: &[&str]) -> Error {
     Error::refused(
         "kafka_topics",
-        format!("topic {topic} does not exist"),
-        "a topic for the checkpoint, one for dead letters and one for each published table",
-        "falaj init",
+        format!("missing: {}", missing.join(", ")),
+        "a topic for every published table, and the dead-letter topic",
+        "falaj init --yes, or create them by hand",
+    )
+}
+
+/// The same for the checkpoint topic.
+pub fn no_checkpoint(topic: &str) -> Error {
+    Error::refused(
+        "kafka_checkpoint",
+        format!("missing: {topic}"),
+        "one partition, cleanup.policy=compact",
+        "falaj init --yes",
     )
 }
 

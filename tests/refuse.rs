@@ -334,6 +334,43 @@ async fn an_absent_slot_one_of_another_plugin_one_of_another_database() {
     must_refuse(&p, &[&format!("belongs to database \"{}\"", other.name), &p.name]).await;
 }
 
+/// What a listener refuses is refused by every verb that needs Kafka, at its start and without the password.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kafka_password_or_tls_that_is_not_taken() {
+    let stack = Stack::up_with("sasl", &["kafka"], &[("FALAJ_STACK_KAFKA_PASSWORD", "r1ght")]);
+    let ports = std::fs::read_to_string(stack.dir().join("ports")).unwrap();
+    let port = ports.lines().find_map(|line| line.strip_prefix("kafka_sasl ")).unwrap();
+    let listener = [("FALAJ_KAFKA__BOOTSTRAP_SERVERS".to_owned(), format!("127.0.0.1:{port}"))].into();
+    let mut p = Pipeline::bare(Servers::shared().with(listener), "sasl").await;
+    p.set("FALAJ_KAFKA__SECURITY_PROTOCOL", "sasl_plaintext");
+    p.set("FALAJ_KAFKA__SASL_MECHANISMS", "PLAIN");
+    p.set("FALAJ_KAFKA__SASL_USERNAME", "falaj");
+    p.set("FALAJ_KAFKA__SASL_PASSWORD", "r1ght");
+    p.init().await;
+    rows(&p).await;
+    p.produce().await;
+    assert_eq!(p.values("engagement_events").await.len(), 100);
+    let verbs: [&[&str]; 6] = [
+        &["produce"],
+        &["init", "--yes"],
+        &["consume", "--sinks", "redis"],
+        &["consume", "--sinks", "external"],
+        &["backfill", "content"],
+        &["check"],
+    ];
+    let mut refused = async |key: &str, value: &str, words: &str| {
+        p.set(key, value);
+        for verb in verbs {
+            let ended = p.start(verb).end().await;
+            let said = format!("{}{}", ended.out, ended.log);
+            assert!(ended.code == Some(78) && said.contains(words), "{verb:?}: {said}");
+            assert!(!said.contains("wr0ng") && !said.contains("r1ght"), "{verb:?}: {said}");
+        }
+    };
+    refused("FALAJ_KAFKA__SASL_PASSWORD", "wr0ng", "kafka_rights").await;
+    refused("FALAJ_KAFKA__SECURITY_PROTOCOL", "sasl_ssl", "kafka_tls").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_made_by_hand() {
     let p = Pipeline::bare(Servers::shared(), "byhand").await;

@@ -46,12 +46,13 @@ kafka_dump_classes() {
 kafka_start() {
     mkdir -p "$stack/kafka"
     kafka_format "$stack/kafka" "$(port_of kafka)" "$(port_of kafka_controller)"
+    [[ -z ${FALAJ_STACK_KAFKA_PASSWORD:-} ]] || kafka_sasl_conf "$(port_of kafka_sasl)" >>"$stack/kafka/server.properties"
     kafka_java_line "${FALAJ_KAFKA_JVM:-quick}" "-XX:SharedArchiveFile=$cache/$(kafka_classes)/classes.jsa" \
         kafka.Kafka "$stack/kafka/server.properties"
     spawn kafka "${java_line[@]}"
 }
 
-kafka_more_ports() { echo kafka_controller; }
+kafka_more_ports() { echo kafka_controller ${FALAJ_STACK_KAFKA_PASSWORD:+kafka_sasl}; }
 
 # kafka_format HOME PORT CONTROLLER_PORT: writes the configuration and, the first time, the metadata.
 kafka_format() {
@@ -91,6 +92,17 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 share.coordinator.state.topic.num.partitions=4
 group.initial.rebalance.delay.ms=0
+CONF
+}
+
+# kafka_sasl_conf PORT: one more listener.
+kafka_sasl_conf() {
+    cat <<CONF
+listener.security.protocol.map=BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL:SASL_PLAINTEXT
+listeners=BROKER://127.0.0.1:$(port_of kafka),CONTROLLER://127.0.0.1:$(port_of kafka_controller),SASL://127.0.0.1:$1
+advertised.listeners=BROKER://127.0.0.1:$(port_of kafka),SASL://127.0.0.1:$1
+listener.name.sasl.sasl.enabled.mechanisms=PLAIN
+listener.name.sasl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_falaj="$FALAJ_STACK_KAFKA_PASSWORD";
 CONF
 }
 

@@ -1,18 +1,13 @@
 //! What falaj needs of Kafka: a broker that answers, transactions, and the topics that `init` makes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
-use rdkafka::ClientContext;
 use rdkafka::admin::{AdminOptions, ResourceSpecifier};
-use rdkafka::error::KafkaError;
-use rdkafka::producer::{BaseProducer, DeliveryResult, Producer, ProducerContext};
-use rdkafka::types::RDKafkaErrorCode as Code;
 
 use super::{Finding, Found, PATIENCE};
 use crate::config::Config;
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, Result};
 use crate::kafka;
 
 /// What one look at Kafka gave.
@@ -32,25 +27,6 @@ struct Topics {
     single: BTreeSet<String>,
 }
 
-/// Remembers why a connection fails: librdkafka tells that to a callback only, the request itself just times out.
-#[derive(Default)]
-struct Listener(Mutex<Option<(KafkaError, String)>>);
-
-impl ClientContext for Listener {
-    fn error(&self, error: KafkaError, reason: &str) {
-        let telling = matches!(error.rdkafka_error_code(), Some(Code::Authentication | Code::SSL));
-        let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if telling || heard.is_none() {
-            *heard = Some((error, reason.to_owned()));
-        }
-    }
-}
-
-impl ProducerContext for Listener {
-    type DeliveryOpaque = ();
-    fn delivery(&self, _: &DeliveryResult<'_>, (): ()) {}
-}
-
 /// Asks for all topics, then for a transaction producer of its own.
 pub(super) async fn probe(config: &Arc<Config>) -> Probe {
     let for_thread = config.clone();
@@ -67,15 +43,12 @@ pub(super) async fn probe(config: &Arc<Config>) -> Probe {
 fn ask(config: &Config) -> (Result<Topics>, Result<String>) {
     // No slot has a dot in its name, so that no stream has this id.
     let id = format!("{}.check.preflight", config.pipeline);
-    let mut settings = kafka::client(&config.kafka);
-    settings.set("transactional.id", &id).set("transaction.timeout.ms", "10000").set("message.timeout.ms", "5000");
-    let producer: BaseProducer<Listener> = match settings.create_with_context(Listener::default()) {
-        Ok(producer) => producer,
-        Err(e) => return (Err(kafka::error(&config.kafka, &e)), Ok(String::new())),
-    };
-    let metadata = match producer.client().fetch_metadata(None, PATIENCE) {
-        Ok(metadata) => metadata,
-        Err(e) => return (Err(reason(config, &producer, &e)), Ok(String::new())),
+    let settings =
+        [("transactional.id", id.as_str()), ("transaction.timeout.ms", "10000"), ("message.timeout.ms", "5000")];
+    let asked = kafka::Probe::new(&config.kafka, &settings).and_then(|probe| Ok((probe.metadata(PATIENCE)?, probe)));
+    let (metadata, probe) = match asked {
+        Ok(asked) => asked,
+        Err(e) => return (Err(e), Ok(String::new())),
     };
     let mut topics = Topics::default();
     for topic in metadata.topics().iter().filter(|t| t.error().is_none()) {
@@ -84,33 +57,8 @@ fn ask(config: &Config) -> (Result<Topics>, Result<String>) {
             topics.single.insert(topic.name().to_owned());
         }
     }
-    let transactions = match producer.init_transactions(PATIENCE) {
-        Ok(()) => Ok(format!("transactional.id \"{id}\" accepted")),
-        Err(e) => Err(kafka::error(&config.kafka, &e)),
-    };
+    let transactions = probe.init_transactions(PATIENCE).map(|()| format!("transactional.id \"{id}\" accepted"));
     (Ok(topics), transactions)
-}
-
-/// The callback's reason where it says more than the request's time-out.
-fn reason(config: &Config, producer: &BaseProducer<Listener>, e: &KafkaError) -> Error {
-    producer.poll(Duration::from_millis(100));
-    let heard = producer.context().0.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let Some((error, why)) = heard else { return kafka::error(&config.kafka, e) };
-    let servers = config.kafka.servers();
-    match error.rdkafka_error_code() {
-        Some(Code::Authentication) => match kafka::error(&config.kafka, &error) {
-            Error::Refused(refusal) => Error::Refused(Refusal { found: format!("{servers}: {why}"), ..refusal }),
-            other => other,
-        },
-        // A listener that speaks no TLS just hangs up, which librdkafka counts as an outage; the text tells.
-        code if code == Some(Code::SSL) || why.contains("SSL handshake failed") => Error::refused(
-            "kafka_tls",
-            format!("{servers}: {why}"),
-            "a listener that speaks TLS, with a certificate that ssl.ca.location has signed",
-            "mend bootstrap.servers, security.protocol and ssl.* under [kafka]",
-        ),
-        _ => Error::unreachable(format!("Kafka at {servers}"), why),
-    }
 }
 
 async fn cleanup_policy(config: &Config) -> Result<String> {
@@ -158,14 +106,10 @@ impl Probe {
 fn topics_found(config: &Config, tables: &[String], Topics { partitions, single }: &Topics) -> Result<Found> {
     let rows: Vec<String> = tables.iter().map(|t| config.topic(t)).collect();
     let all = rows.iter().cloned().chain([config.dead_letter_topic()]);
-    let missing: Vec<_> = all.filter(|t| !partitions.contains_key(t)).collect();
+    let all: Vec<_> = all.collect();
+    let missing: Vec<_> = all.iter().filter(|t| !partitions.contains_key(*t)).map(String::as_str).collect();
     if !missing.is_empty() {
-        return Err(Error::refused(
-            "kafka_topics",
-            format!("missing: {}", missing.join(", ")),
-            "a topic for every published table, and the dead-letter topic",
-            "falaj init --yes, or create them by hand",
-        ));
+        return Err(kafka::no_topics(&missing));
     }
     let wanted = usize::try_from(config.kafka.partitions).unwrap_or(1);
     let counted = |t: &String| format!("{t} ({})", partitions[t]);
@@ -202,7 +146,7 @@ fn checkpoint(config: &Config, topics: &BTreeMap<String, usize>, cleanup: &str) 
         Error::refused("kafka_checkpoint", found, "one partition, cleanup.policy=compact", fix)
     };
     match topics.get(&topic) {
-        None => Err(refuse(format!("missing: {topic}"), "falaj init --yes".to_owned())),
+        None => Err(kafka::no_checkpoint(&topic)),
         Some(1) if cleanup.is_empty() || cleanup == "compact" => {
             Ok(format!("{topic}, {}", if cleanup.is_empty() { "policy not told" } else { cleanup }))
         }

@@ -10,7 +10,7 @@ use rdkafka::{Message, Offset, TopicPartitionList};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use super::{TIMEOUT, client, error, no_topic, partitions, transaction_timeout};
+use super::{TIMEOUT, client, error, no_topics, partitions, transaction_timeout};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::world::go_on;
@@ -34,7 +34,7 @@ pub fn read_committed(
     mut each: impl FnMut(i32, i64, &[u8]) -> Result<()>,
 ) -> Result<()> {
     let failed = |e: KafkaError| error(&config.kafka, &e);
-    let Some(count) = partitions(&config.kafka, topic)? else { return Err(no_topic(topic)) };
+    let Some(count) = partitions(&config.kafka, topic)? else { return Err(no_topics(&[topic])) };
     let reader: BaseConsumer = settings(config, "read_committed").create().map_err(failed)?;
     let mut ends: BTreeMap<i32, i64> = (0..).zip(settle(config, &reader, topic, count as i32, stop)?).collect();
     let mut list = TopicPartitionList::new();

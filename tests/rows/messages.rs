@@ -195,5 +195,6 @@ async fn messages_are_off_by_default() {
     on.set("FALAJ_PRODUCE__MESSAGES", "true");
     // Their topic is made by init, never by accident.
     let ended = on.start(&["produce"]).end().await;
-    assert!(ended.code == Some(78) && ended.log.contains("_message does not exist"), "{ended:?}");
+    let missing = format!("missing: {}", on.config.topic(MESSAGES));
+    assert!(ended.code == Some(78) && ended.log.contains(&missing), "{ended:?}");
 }

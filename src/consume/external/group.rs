@@ -437,7 +437,7 @@ async fn require_topic(world: &World, topic: String) -> Result<()> {
     let (config, name) = (world.config.kafka.clone(), topic.clone());
     match blocking(move || kafka::partitions(&config, &name)).await? {
         Some(_) => Ok(()),
-        None => Err(kafka::no_topic(&topic)),
+        None => Err(kafka::no_topics(&[&topic])),
     }
 }
 

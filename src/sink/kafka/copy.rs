@@ -52,7 +52,7 @@ pub async fn open(config: Arc<Config>, copy: &Copy, stop: &CancellationToken) ->
     require_flat(&config)?;
     let topics: BTreeSet<String> = copy.tables.iter().map(|table| config.topic(table)).collect();
     let existing = on_thread(&config, |config| kafka::topics(&config.kafka, kafka::TIMEOUT)).await?;
-    require(&existing, &config.checkpoint_topic())?;
+    require(&existing, &config.checkpoint_topic(), [])?;
     for topic in topics.iter().filter(|topic| !existing.contains_key(*topic)) {
         // The records have the times of their commits, and a usual retention would take the oldest away within minutes.
         kafka::create_topic(&config.kafka, topic, config.kafka.partitions, &[("retention.ms", "-1")]).await?;

@@ -39,7 +39,7 @@ pub async fn fence(
     let (c, id, needed) = (Arc::clone(config), identity.clone(), known.clone());
     let check = move || {
         let topics = kafka::topics(&c.kafka, kafka::TIMEOUT)?;
-        [c.checkpoint_topic()].iter().chain(&needed).try_for_each(|topic| require(&topics, topic))?;
+        require(&topics, &c.checkpoint_topic(), &needed)?;
         // Whose topics they are comes first: the owner of others is not put out of them.
         read_position(&c, &id, None).map(drop)
     };

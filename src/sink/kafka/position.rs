@@ -14,7 +14,7 @@ use super::commit::Progress;
 use crate::config::{Config, Kafka};
 use crate::error::{Error, Result};
 use crate::event::Layout;
-use crate::kafka::{TIMEOUT, client, error, no_topic, settle};
+use crate::kafka::{TIMEOUT, client, error, no_checkpoint, no_topics, settle};
 use crate::lsn::{Checkpoint, Commit, Lsn, Position, SlotIdentity};
 
 /// Value of a checkpoint record; its key is the slot's name.
@@ -24,8 +24,8 @@ pub struct CheckpointRecord {
     pub identity: SlotIdentity,
     /// Everything committed below it is in.
     pub end_lsn: Lsn,
-    /// Last event of a transaction that is half in; absent at a transaction boundary.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Last event of a transaction that is half in; null at a transaction boundary, where an earlier falaj left it out.
+    #[serde(default)]
     pub position: Option<Position>,
     /// Last change of the lookup rows that the events below `end_lsn` were enriched with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -64,8 +64,16 @@ pub(super) fn progress(identity: SlotIdentity, key: String, copy: Option<CopyOf>
 }
 
 /// Topics are made by `init`, never by accident.
-pub(super) fn require(topics: &BTreeMap<String, usize>, topic: &str) -> Result<()> {
-    if topics.contains_key(topic) { Ok(()) } else { Err(no_topic(topic)) }
+pub(super) fn require<'a>(
+    topics: &BTreeMap<String, usize>,
+    checkpoint: &str,
+    others: impl IntoIterator<Item = &'a String>,
+) -> Result<()> {
+    if !topics.contains_key(checkpoint) {
+        return Err(no_checkpoint(checkpoint));
+    }
+    let missing: Vec<_> = others.into_iter().filter(|t| !topics.contains_key(*t)).map(String::as_str).collect();
+    if missing.is_empty() { Ok(()) } else { Err(no_topics(&missing)) }
 }
 
 /// The same for a table that has been published since the start. By now it may have been dropped again: then `init` does not
@@ -241,6 +249,13 @@ mod tests {
         let before = text.replace(later, "");
         let read = parse_record("t", 0, before.as_bytes(), &identity).unwrap();
         assert_eq!(read, CheckpointRecord { lookups: None, commit: None, ..record.clone() });
+        let whole = CheckpointRecord { position: None, ..read };
+        let text = serde_json::to_string(&whole).unwrap();
+        assert!(text.contains(r#","position":null"#), "{text}");
+        // And as it wrote it at a transaction boundary.
+        for text in [text.replace(r#","position":null"#, ""), text] {
+            assert_eq!(parse_record("t", 0, text.as_bytes(), &identity).unwrap(), whole);
+        }
         for other in
             [SlotIdentity { timeline: 2, ..identity.clone() }, SlotIdentity { system_id: "8".into(), ..identity }]
         {
