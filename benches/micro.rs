@@ -1,5 +1,6 @@
 //! One event, step by step, on one core: decode, enrich, JSON, Arrow append.
 
+use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
@@ -80,7 +81,8 @@ fn lookup() -> (Enricher, Arc<Layout>) {
     let config = Config::defaults().expect("the defaults");
     let column = |name: &str, type_oid| ColumnType { name: name.into(), type_oid, type_mod: -1 };
     let columns = vec![column("title", 25), column("content_type", 25), column("length_seconds", 23)];
-    let table = LookupTable { table: "content".into(), oid: None, key: column("id", 2950), columns };
+    let table =
+        LookupTable { table: "content".into(), oid: None, key: column("id", 2950), columns, numbers: BTreeMap::new() };
     let identity = SlotIdentity { system_id: "1".into(), timeline: 1, slot: "bench".into() };
     let header = BaseHeader {
         version: 1,

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
-use crate::check::postgres::{free_slot, identity, unknown_state};
+use crate::check::postgres::{free_slot, identity};
 use crate::cli;
 use crate::enrich::copy_state;
-use crate::enrich::state::require_header;
+use crate::enrich::state::{self, require_header};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::source::conn::Conninfo;
@@ -199,8 +199,8 @@ fn remove_directory(dir: &Path) -> Result<()> {
 }
 
 fn store(state: &Path, bookmark: &Bookmark, name: &str) -> Result<()> {
-    if require_header(state)?.identity.slot != bookmark.slot {
-        return Err(unknown_state(state, &bookmark.slot));
+    if require_header(state, &bookmark.slot)?.identity.slot != bookmark.slot {
+        return Err(state::unknown(state, &bookmark.slot));
     }
     copy_state(state, bookmark.lsn, &bookmark.dir, name)?;
     let path = bookmark.dir.join(FILE);

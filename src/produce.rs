@@ -180,6 +180,14 @@ async fn run_session(world: &World, mut session: Session, mut until: Option<&mut
                 if let Err(error) = session.settle(rest).await {
                     break Err(error);
                 }
+                match session.is_outgrown() {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        info!("the lookup log has grown long: another session makes a new base of it");
+                        break drain(&mut session).await.map(|()| End::Again(None));
+                    }
+                    Err(error) => break Err(error),
+                }
             }
             chunk = session.stream.next() => {
                 let walked = match chunk {

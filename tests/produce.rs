@@ -296,6 +296,41 @@ async fn sigterm_drains_acknowledges_and_exits_0() {
     check::produced(&p, lsn).await;
 }
 
+/// 600 kB a change: the log grows past what one session keeps.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_lookup_log_becomes_a_new_base_while_the_stream_runs() {
+    const CHANGES: usize = 170;
+    let content = "00000000-0000-0000-0000-00000000000a";
+    let p = Pipeline::new("longlog").await;
+    p.run(&format!("INSERT INTO content VALUES ('{content}', 's', 'one', 'podcast', 100, now())")).await;
+    let event = format!("INSERT INTO engagement_events (content_id, event_ts) VALUES ('{content}', now())");
+    let mut produce = p.start(&["produce"]);
+    let mut expected = Vec::new();
+    for change in 0..CHANGES {
+        p.run(&format!("UPDATE content SET title = repeat('x', 600000) || {change}")).await;
+        if change % 10 == 0 {
+            p.run(&event).await;
+            expected.push(format!("x{change}"));
+        }
+    }
+    produce.says("another session makes a new base").await;
+    let lsn = p.lsn().await;
+    until("all is acknowledged", async || p.confirmed().await >= lsn).await;
+    produce.drains().await;
+    let log = std::fs::metadata(p.config.state.dir.join("changes.jsonl")).unwrap().len();
+    assert!(log < 50_000_000, "{log} bytes of {} that were logged", CHANGES * 600_000);
+    // Every event has the row of its own moment.
+    let titles = |values: Vec<String>| values.iter().map(|v| shown_end(v, "title")).collect::<Vec<_>>();
+    assert_eq!(titles(p.values("engagement_events").await), expected);
+    assert_eq!(titles(p.rows("engagement_events")), expected);
+}
+
+/// What stands in a text behind its many x, and the last of these.
+fn shown_end(event: &str, name: &str) -> String {
+    let text: String = serde_json::from_str(fields(event)[name].get()).unwrap();
+    format!("x{}", text.trim_start_matches('x'))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_signal_ends_at_once_with_1() {
     let mut p = Pipeline::new("twice").await;
@@ -409,7 +444,7 @@ async fn a_transaction_whose_next_rows_take_long_is_not_left_open() {
     until("what has come is committed", async || !checkpoints().await.is_empty()).await;
     let stored = checkpoints().await.pop().unwrap();
     let readable = p.records("engagement_events").await.len();
-    assert!(stored.value.contains("\"position\"") && (1..ROWS).contains(&readable), "{readable} {stored:?}");
+    assert!(stored.value.contains("\"position\":{") && (1..ROWS).contains(&readable), "{readable} {stored:?}");
     drop(stopped);
     produce.ends_well().await;
     let found: Vec<_> =

@@ -111,6 +111,34 @@ async fn toast_updates_and_deletes_under_each_replica_identity() {
     assert_eq!(seen("by_nothing").await, [r#"1: _op="c" id=1 code="a" v=1 body=BIG _old_key=- _unchanged=-"#]);
 }
 
+/// What is sent of the old row goes by the root's identity, what the WAL has of it by the partition's: here the key alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unchanged_toast_value_is_marked_where_a_partition_has_another_identity_than_its_root() {
+    let p = published(
+        Servers::shared(),
+        "partidentity",
+        "CREATE TABLE m (id int PRIMARY KEY, body text) PARTITION BY RANGE (id);
+         CREATE TABLE m1 PARTITION OF m FOR VALUES FROM (0) TO (100);
+         ALTER TABLE m ALTER body SET STORAGE EXTERNAL; ALTER TABLE m1 ALTER body SET STORAGE EXTERNAL;
+         ALTER TABLE m REPLICA IDENTITY FULL;
+         CREATE PUBLICATION falaj FOR TABLE m WITH (publish_via_partition_root = true)",
+    )
+    .await;
+    p.run("INSERT INTO m VALUES (1, repeat('x', 3000))").await;
+    p.run("UPDATE m SET id = 2").await;
+    p.produce().await;
+    let big = format!("\"{}\"", "x".repeat(3000));
+    let found = events(&p, "m", &["_op", "id", "body", "_old_key", "_unchanged"]).await;
+    let found: Vec<_> = found.iter().map(|e| e.replace(&big, "BIG")).collect();
+    assert_eq!(
+        found,
+        [
+            r#"1: _op="c" id=1 body=BIG _old_key=- _unchanged=-"#,
+            r#"2: _op="u" id=2 body=- _old_key={"id":1} _unchanged=["body"]"#,
+        ]
+    );
+}
+
 /// Postgres logs a TOASTed key with every update: the new row says "unchanged", the old key has it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_toasted_key_is_known_although_it_did_not_change() {

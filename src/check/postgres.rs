@@ -95,7 +95,7 @@ impl Postgres {
         self.push("table_rights", "SELECT on every published table", readable(&tables.iter().collect::<Vec<_>>()));
         self.push("columns", "the configured columns, no name twice", columns(config, &tables));
         if let Ok(Some(known)) = state::tables(&config.state.dir) {
-            self.push("lookup_tables", "as the lookup state knows them", lookup_tables(&known, &tables));
+            self.push("lookup_tables", "as the lookup state knows them", lookup_tables(client, &known, &tables).await);
         }
         self.push("replica_identity", "a primary key, or another identity", identities(&tables));
     }
@@ -363,8 +363,11 @@ fn columns(config: &Config, tables: &[Table]) -> Result<String> {
 }
 
 /// What the stream will come to.
-fn lookup_tables(known: &[LookupTable], published: &[Table]) -> Result<String> {
-    let relations: Vec<_> = published.iter().map(|t| &t.relation).collect();
+async fn lookup_tables(client: &Client, known: &[LookupTable], published: &[Table]) -> Result<String> {
+    let mut relations = Vec::new();
+    for relation in published.iter().map(|t| &t.relation) {
+        relations.push((relation, slot::column_numbers(client, relation.oid).await?));
+    }
     enrich::require_same(known, &relations)?;
     let names: Vec<_> = known.iter().map(|t| t.table.as_str()).collect();
     Ok(if names.is_empty() { "none".to_owned() } else { names.join(", ") })
@@ -399,7 +402,7 @@ fn slot_found(name: &str, state: &SlotState) -> Found {
 
 fn lookup_state(config: &Config, base: &Result<Option<BaseHeader>>, identity: Option<&SlotIdentity>) -> Result<Found> {
     let (dir, slot) = (&config.state.dir, &config.postgres.slot);
-    let Some(base) = base.as_ref().map_err(Error::clone)? else { return Err(unknown_state(dir, slot)) };
+    let Some(base) = base.as_ref().map_err(Error::clone)? else { return Err(state::unknown(dir, slot)) };
     if let Some(identity) = identity {
         state_is_ours(dir, Some(base), identity)?;
         enrich::require_identity(dir, base, identity)?;
@@ -446,17 +449,6 @@ pub async fn no_slot(client: &Client, slot: &str) -> Result<()> {
             "run falaj init again: it shows what is missing now",
         )),
     }
-}
-
-/// The refusal of a slot whose lookup rows nobody knows.
-pub fn unknown_state(dir: &Path, slot: &str) -> Error {
-    Error::refused(
-        "lookup_state",
-        format!("{} holds no lookup state of slot \"{slot}\"", dir.display()),
-        "the lookup rows as of the slot's position, which `falaj init` writes when it makes the slot",
-        "restore state.dir as it was when produce last ended; or falaj init --adopt-slot, which takes the rows of now (events from before now are then \
-         enriched with these)",
-    )
 }
 
 /// Which stream a slot of this server is.

@@ -1,6 +1,6 @@
 //! One lookup table in memory, and what a change of it means.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use super::row::Row;
 use super::state::{ColumnType, LookupChange, LookupTable};
@@ -35,16 +35,23 @@ impl Cache {
         }
     }
 
+    /// Whether a change leaves everything as it is.
+    pub(super) fn has(&self, change: &LookupChange) -> bool {
+        let LookupChange::Put((key, values)) = change else { return false };
+        let cached = self.rows.get(key.as_bytes()).map(Row::texts);
+        cached.is_some_and(|texts| texts.is_ok_and(|t| t.iter().copied().eq(values.iter().map(Option::as_deref))))
+    }
+
     pub(super) fn put<'a>(&mut self, key: &'a str, values: impl ExactSizeIterator<Item = Option<&'a str>> + Clone) {
         self.rows.replace(Row::new(key, values));
     }
 
-    /// The table under another schema; `None` when nothing has changed.
+    /// The table under another schema; `None` when nothing has changed. `numbers` are those of its columns now, as far as known.
     ///
     /// # Errors
-    /// [`Error::Refused`] when the key or a joined column is gone, when the name is another table's now, and when the cached
-    /// texts are not those of the new types: Postgres rewrites the rows, and the stream does not show that.
-    pub(super) fn under(&self, relation: &Relation) -> Result<Option<LookupTable>> {
+    /// [`Error::Refused`] when the key or a joined column is gone, when the name is another table's or column's now, and when the
+    /// cached texts are not those of the new types: Postgres rewrites the rows, and the stream does not show that.
+    pub(super) fn under(&self, relation: &Relation, numbers: &BTreeMap<String, i16>) -> Result<Option<LookupTable>> {
         if let Some(oid) = self.table.oid
             && oid != relation.oid
         {
@@ -57,6 +64,13 @@ impl Cache {
         let find = |wanted: &ColumnType| {
             let column = relation.columns.iter().find(|c| c.name == wanted.name);
             let column = column.ok_or_else(|| self.refused(&format!("has no column \"{}\" any more", wanted.name)))?;
+            if let (Some(was), Some(is)) = (self.table.numbers.get(&wanted.name), numbers.get(&wanted.name))
+                && was != is
+                && fits(relation, numbers)
+            {
+                let name = &wanted.name;
+                return Err(self.refused(&format!("has another column as \"{name}\" now (attnum {is}, it was {was})")));
+            }
             let is = ColumnType { name: column.name.clone(), type_oid: column.type_oid, type_mod: column.type_mod };
             if is != *wanted && !keeps_text(wanted, &is) {
                 let (name, was, is) = (&is.name, wanted.ty(), is.ty());
@@ -82,8 +96,21 @@ impl Cache {
             oid: Some(relation.oid),
             key: find(&self.table.key)?,
             columns: self.table.columns.iter().map(find).collect::<Result<_>>()?,
+            numbers: self.table.numbers.clone(),
         };
         Ok((fresh != self.table).then_some(fresh))
+    }
+
+    /// Whether a schema from before the rows were read may be of the same columns.
+    pub(super) fn fits(&self, relation: &Relation) -> bool {
+        self.table.numbers.is_empty() || fits(relation, &self.table.numbers)
+    }
+
+    /// Keeps the numbers of columns where they are not known yet, as in a state of before there were any.
+    pub(super) fn learn(&mut self, numbers: &BTreeMap<String, i16>) {
+        for (name, number) in numbers {
+            self.table.numbers.entry(name.clone()).or_insert(*number);
+        }
     }
 
     /// The table has another name now.
@@ -153,6 +180,13 @@ impl Cache {
         };
         self.table.columns.iter().enumerate().map(column).collect()
     }
+}
+
+/// Whether these may be the numbers of a schema's columns: each of its names has one, and they stand in that order. The catalogue is of
+/// now, and a schema of the stream may be of long ago.
+pub(super) fn fits(relation: &Relation, numbers: &BTreeMap<String, i16>) -> bool {
+    let known: Option<Vec<_>> = relation.columns.iter().map(|c| numbers.get(&c.name)).collect();
+    known.is_some_and(|known| known.is_sorted())
 }
 
 /// Whether each value of a column has the same text after a change of its type, as far as Postgres's own casts go.

@@ -11,6 +11,7 @@ pub mod state;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::change::Change;
@@ -28,8 +29,10 @@ use plan::extend;
 pub use plan::{Plan, layout};
 use state::{BaseHeader, BaseWriter, ChangeLog, Entry, LookupChange, LookupTable};
 
-/// A log beyond this size is folded into a new base at the next start.
+/// A log beyond this size is folded into a new base when a session begins.
 const COMPACT_AT: u64 = 4 << 20;
+/// A session during which the log has grown by this much makes room for another one.
+const OUTGROWN: u64 = 64 << 20;
 
 /// The lookup tables and their columns that a configuration joins; several tables may share one.
 pub fn wanted(tables: &[config::Table]) -> Vec<(String, Vec<String>)> {
@@ -74,17 +77,18 @@ pub fn require_columns(dir: &Path, known: &[LookupTable], tables: &[config::Tabl
     Ok(())
 }
 
-/// Whether the lookup tables of a state are, in the catalogue, still what the stream has shown.
+/// Whether the lookup tables of a state are, in the catalogue, still what the stream has shown. `published` are its tables, with the
+/// numbers of their columns.
 ///
 /// # Errors
 /// The refusal with which the stream would stop at the table's next row.
-pub fn require_same(tables: &[LookupTable], published: &[&Relation]) -> Result<()> {
+pub fn require_same(tables: &[LookupTable], published: &[(&Relation, BTreeMap<String, i16>)]) -> Result<()> {
     for cache in Cache::all(tables) {
-        let named = published.iter().find(|r| r.table() == cache.table.table);
-        let renamed = published.iter().find(|r| Some(r.oid) == cache.table.oid);
+        let named = published.iter().find(|(r, _)| r.table() == cache.table.table);
+        let renamed = published.iter().find(|(r, _)| Some(r.oid) == cache.table.oid);
         match (named, renamed) {
-            (Some(relation), _) => drop(cache.under(relation)?),
-            (None, Some(relation)) => return Err(cache.renamed(relation)),
+            (Some((relation, numbers)), _) => drop(cache.under(relation, numbers)?),
+            (None, Some((relation, _))) => return Err(cache.renamed(relation)),
             (None, None) => {}
         }
     }
@@ -95,6 +99,8 @@ pub fn require_same(tables: &[LookupTable], published: &[&Relation]) -> Result<(
 pub struct Enricher {
     caches: Vec<Cache>,
     log: ChangeLog,
+    /// Size of the log when it was opened.
+    opened: u64,
     /// The loaded state holds every change below it.
     from: Lsn,
     origin: Lsn,
@@ -138,15 +144,16 @@ impl Enricher {
         });
         let (adoption, origin) = (adoption.transpose()?, header.origin);
         let changed = last.max(named);
-        let loaded = Self { caches, log, from: upto.resume, origin, changed, adoption, hits: 0, misses: 0 };
-        let compact = loaded.log.bytes()? > COMPACT_AT && !loaded.log.has_tail()?;
+        let opened = log.bytes()?;
+        let loaded = Self { caches, log, opened, from: upto.resume, origin, changed, adoption, hits: 0, misses: 0 };
+        let compact = opened > COMPACT_AT && !loaded.log.has_tail()?;
         if compact { loaded.compact(dir, header, upto.resume) } else { Ok(loaded) }
     }
 
     /// Writes the rows as of `lsn` as the new base, so that the log does not grow with the years.
     fn compact(mut self, dir: &Path, header: BaseHeader, lsn: Lsn) -> Result<Self> {
         write_base(dir, BaseHeader { lsn, changed: Some(self.changed), ..header }, &self.caches)?;
-        self.log = ChangeLog::empty(dir)?;
+        (self.log, self.opened) = (ChangeLog::empty(dir)?, 0);
         Ok(self)
     }
 
@@ -154,16 +161,24 @@ impl Enricher {
     ///
     /// # Errors
     /// [`Error::Fatal`] when the disk refuses.
-    pub fn begin_at(mut self, dir: &Path, lsn: Lsn) -> Result<()> {
+    pub fn begin_at(mut self, dir: &Path, slot: &str, lsn: Lsn) -> Result<()> {
         // What is still buffered must not be written behind the end of the emptied log.
         self.log.sync()?;
-        let header = state::require_header(dir)?;
+        let header = state::require_header(dir, slot)?;
         self.compact(dir, BaseHeader { origin: lsn, ..header }, lsn).map(drop)
     }
 
     /// Where the slot stood when the state was made: a sink without a position may start only from here.
     pub fn origin(&self) -> Lsn {
         self.origin
+    }
+
+    /// Whether the log should be folded into a new base, which another session does where the sinks have everything.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] when the disk refuses.
+    pub fn is_outgrown(&self) -> Result<bool> {
+        Ok(self.log.bytes()?.saturating_sub(self.opened) > OUTGROWN)
     }
 
     /// Cached rows of all lookup tables.
@@ -209,6 +224,7 @@ impl Enricher {
     }
 
     /// A lookup table's schema has come, in transaction `xid`: remembers its columns' types. Says whether they have changed.
+    /// `numbers` are those of its columns in the catalogue.
     ///
     /// Rows that were adopted are as of a later moment than the transactions that the adoption saw: a schema of these that
     /// does not fit has been left behind, and its rows are not followed.
@@ -216,19 +232,30 @@ impl Enricher {
     /// # Errors
     /// [`Error::Refused`] when the key or a joined column is gone, when it is another table, or when the cached rows cannot
     /// be what the table holds now; [`Error::Fatal`] when the disk refuses.
-    pub fn relation(&mut self, table: usize, relation: &Relation, next: Position, xid: Option<u32>) -> Result<bool> {
+    pub fn relation(
+        &mut self,
+        table: usize,
+        relation: &Relation,
+        numbers: &BTreeMap<String, i16>,
+        next: Position,
+        xid: Option<u32>,
+    ) -> Result<bool> {
         let seen = self.adopted(next, xid);
         let cache = &mut self.caches[table];
-        let under = cache.under(relation);
+        let under = cache.under(relation, numbers);
         // The server describes a relation once, which may be below what is loaded, and rows of it may come after that.
-        cache.follows = !seen || matches!(under, Ok(None));
+        cache.follows = !seen || (matches!(under, Ok(None)) && cache.fits(relation));
         // The loaded state has it already.
         if !cache.follows || next.commit_lsn < self.from {
             return Ok(false);
         }
-        let Some(fresh) = under? else { return Ok(false) };
-        self.record(table, next, LookupChange::Relation(fresh))?;
-        Ok(true)
+        let fresh = under?;
+        let changed = fresh.is_some();
+        fresh.map_or(Ok(()), |fresh| self.record(table, next, LookupChange::Relation(fresh)))?;
+        if cache::fits(relation, numbers) {
+            self.caches[table].learn(numbers);
+        }
+        Ok(changed)
     }
 
     /// The schema of a table that is no lookup table by its name.
@@ -261,8 +288,14 @@ impl Enricher {
     }
 
     fn record(&mut self, table: usize, at: Position, change: LookupChange) -> Result<()> {
+        // Most updates of a busy lookup table touch no joined column. The log goes on with such an entry only where it has it.
+        let idle = self.caches[table].has(&change);
         let entry = Entry { at, table, change };
-        self.log.append(&entry)?;
+        match idle {
+            true if !self.log.is_next(&entry)? => return Ok(()),
+            true => {}
+            false => self.log.append(&entry)?,
+        }
         self.changed = self.changed.max(at);
         self.caches[table].apply(entry.change);
         Ok(())

@@ -98,7 +98,7 @@ fn refuse_double_names(table: &str, columns: &[OutColumn]) -> Result<()> {
 }
 
 /// Appends lookup and derived columns to the source columns of a row. Says whether a lookup row was found, where one is
-/// looked for.
+/// looked for: that whose key has the same text, since what a type calls equal beyond that is known to Postgres alone.
 pub(super) fn extend<'a>(
     caches: &'a [Cache],
     layout: &Layout,

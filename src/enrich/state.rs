@@ -9,6 +9,7 @@
 mod base;
 mod log;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -20,7 +21,7 @@ use crate::lsn::{Lsn, Position, SlotIdentity};
 use crate::schema::Type;
 
 use base::read_base;
-pub use base::{BaseWriter, clear, header, put_back, require_header, set_aside};
+pub use base::{BaseWriter, clear, header, put_back, require_header, set_aside, unknown};
 pub use log::ChangeLog;
 
 const CHANGES: &str = "changes.jsonl";
@@ -82,6 +83,9 @@ pub struct LookupTable {
     pub key: ColumnType,
     /// Joined columns, in the order of the rows' values.
     pub columns: Vec<ColumnType>,
+    /// `pg_attribute.attnum` of the table's columns, as far as known: another column under the name has another one.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub numbers: BTreeMap<String, i16>,
 }
 
 /// A column's name and `pg_attribute` type.
@@ -273,6 +277,7 @@ mod tests {
                 oid: None,
                 key: column("id", 2950),
                 columns: vec![column("title", 25)],
+                numbers: BTreeMap::new(),
             }],
         }
     }

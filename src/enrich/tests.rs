@@ -1,5 +1,7 @@
 //! Lookup rows as of a position, over restarts, copies and adoptions.
 
+use std::collections::BTreeMap;
+
 use super::state::{ColumnType, LookupTable};
 use super::*;
 use crate::change::RowChange;
@@ -49,7 +51,13 @@ fn enricher(dir: &Path, upto: u64) -> Result<Enricher> {
     if state::header(dir)?.is_none() {
         let column = |name: &str, type_oid| ColumnType { name: name.into(), type_oid, type_mod: -1 };
         let columns = vec![column("title", 25), column("content_type", 25), column("length_seconds", 23)];
-        let tables = vec![LookupTable { table: "content".into(), oid: None, key: column("id", 25), columns }];
+        let tables = vec![LookupTable {
+            table: "content".into(),
+            oid: None,
+            key: column("id", 25),
+            columns,
+            numbers: BTreeMap::new(),
+        }];
         let header = BaseHeader {
             version: 1,
             identity: identity.clone(),
@@ -143,7 +151,8 @@ fn an_older_copy_is_refused_wherever_its_log_ends() {
     let mut e = enricher(dir.path(), 100).unwrap();
     assert_eq!(Some(e.changed), last(99, 0));
     for (at, ordinal) in [(200, 0), (300, 0), (300, 1)] {
-        let bytes = row(&[Some("b"), Some("s"), Some("Ba"), None, Some("30")]);
+        let length = (at + ordinal).to_string();
+        let bytes = row(&[Some("b"), Some("s"), Some("Ba"), None, Some(&length)]);
         let at = Position { commit_lsn: Lsn(at), ordinal };
         e.fold(0, &content(), &Change { at, ..change(0, RowChange::Insert(tuple(&bytes))) }).unwrap();
     }
@@ -177,12 +186,12 @@ fn rows_under_a_schema_that_an_adoption_has_left_behind_are_not_followed() {
     let at = |lsn| Position { commit_lsn: Lsn(lsn), ordinal: 0 };
     for described in [200, 300] {
         let mut e = enricher(dir.path(), 300).unwrap();
-        assert!(!e.relation(0, &old, at(described), Some(7)).unwrap());
+        assert!(!e.relation(0, &old, &BTreeMap::new(), at(described), Some(7)).unwrap());
         let bytes = row(&[Some("b"), Some("s")]);
         e.fold(0, &old, &change(350, RowChange::Insert(tuple(&bytes)))).unwrap();
         assert_eq!(e.rows(), 0);
         // From its own moment on the rows that it read are followed.
-        e.relation(0, &content(), at(1100), Some(60)).unwrap();
+        e.relation(0, &content(), &BTreeMap::new(), at(1100), Some(60)).unwrap();
         let bytes = row(&[Some("b"), Some("s"), Some("Ba"), None, Some("30")]);
         e.fold(0, &content(), &change(1100, RowChange::Insert(tuple(&bytes)))).unwrap();
         assert_eq!(e.rows(), 1);
@@ -196,8 +205,68 @@ fn a_lookup_table_whose_changes_do_not_bring_its_key_is_refused() {
     let mut by_slug = content();
     by_slug.columns.iter_mut().for_each(|column| column.identity = column.name == "slug");
     let next = Position { commit_lsn: Lsn(200), ordinal: 0 };
-    let Err(Error::Refused(refusal)) = e.relation(0, &by_slug, next, None) else { panic!() };
+    let Err(Error::Refused(refusal)) = e.relation(0, &by_slug, &BTreeMap::new(), next, None) else { panic!() };
     assert_eq!(refusal.check, "lookup_identity");
+}
+
+/// A counter beside the joined columns moves with every view. Where an earlier falaj has logged that, it stays.
+#[test]
+fn an_update_of_other_columns_alone_is_not_logged() {
+    let dir = tempfile::tempdir().unwrap();
+    let size = || std::fs::metadata(dir.path().join("changes.jsonl")).unwrap().len();
+    let insert = |e: &mut Enricher, at: u64, title: &str, slug: &str| {
+        let bytes = row(&[Some("b"), Some(slug), Some(title), None, Some("30")]);
+        e.fold(0, &content(), &change(at, RowChange::Insert(tuple(&bytes)))).unwrap();
+        e.sync().unwrap();
+    };
+    let mut e = enricher(dir.path(), 100).unwrap();
+    insert(&mut e, 200, "Ba", "s");
+    let (logged, changed) = (size(), e.changed);
+    for at in 201..300 {
+        insert(&mut e, at, "Ba", &at.to_string());
+    }
+    assert_eq!((size(), e.changed), (logged, changed));
+    // As an earlier falaj did.
+    let idle = Entry {
+        at: Position { commit_lsn: Lsn(300), ordinal: 0 },
+        table: 0,
+        change: LookupChange::Put(("b".into(), vec![Some("Ba".into()), None, Some("30".into())])),
+    };
+    e.log.append(&idle).unwrap();
+    insert(&mut e, 400, "Ta", "s");
+    let whole = std::fs::read(dir.path().join("changes.jsonl")).unwrap();
+    let mut e = enricher(dir.path(), 150).unwrap();
+    insert(&mut e, 200, "Ba", "s");
+    insert(&mut e, 250, "Ba", "250");
+    insert(&mut e, 300, "Ba", "300");
+    assert_eq!(e.changed, idle.at);
+    insert(&mut e, 400, "Ta", "s");
+    assert!(!e.log.has_tail().unwrap());
+    assert_eq!(std::fs::read(dir.path().join("changes.jsonl")).unwrap(), whole);
+}
+
+#[test]
+fn another_column_under_a_joined_name_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut e = enricher(dir.path(), 100).unwrap();
+    let numbers = |title: i16| {
+        let all = [("id", 1), ("slug", 2), ("title", title), ("content_type", 9), ("length_seconds", 10)];
+        all.map(|(name, number)| (name.to_owned(), number)).into()
+    };
+    let at = |lsn| Position { commit_lsn: Lsn(lsn), ordinal: 0 };
+    // A state of before there were numbers learns them; what is not known says nothing.
+    e.relation(0, &content(), &numbers(3), at(200), None).unwrap();
+    e.relation(0, &content(), &BTreeMap::new(), at(300), None).unwrap();
+    // A catalogue that is ahead of the stream says nothing either.
+    e.relation(0, &content(), &numbers(11), at(350), None).unwrap();
+    let Err(Error::Refused(refusal)) = e.relation(0, &content(), &numbers(7), at(400), None) else { panic!() };
+    assert_eq!(refusal.check, "lookup_columns");
+    assert!(refusal.found.contains("another column as \"title\""), "{refusal:?}");
+    // Of the past only what may have been the same columns is followed.
+    let of = |names: &[&str]| relation("content", &names.iter().map(|name| (*name, 25)).collect::<Vec<_>>());
+    let fits = |names: &[&str]| e.caches[0].fits(&of(names));
+    assert!(fits(&["id", "title"]) && fits(&["id"]));
+    assert!(!fits(&["title", "id"]) && !fits(&["id", "before", "title"]));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The first lookup rows: what `init` writes at the slot's own consistent point.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use futures_util::TryStreamExt;
@@ -13,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::schema::Column;
 use crate::source::catalog::Table;
 use crate::source::conn::sql_error;
+use crate::source::slot::column_numbers;
 use crate::source::snapshot::{Files, lock};
 use crate::source::wire::ident;
 
@@ -58,16 +60,18 @@ fn lookup(name: &str, source: Option<&Table>, columns: &[String]) -> Result<Look
     };
     let key = column(single_key(name, source)?)?;
     if !key.identity {
+        // The default identity lacks a primary key that is DEFERRABLE.
+        let identity = if source.relation.replica_identity == b'd' { "FULL" } else { "DEFAULT" };
         return Err(Error::refused(
             "lookup_identity",
             format!("the replica identity of lookup table {name} does not hold its primary key \"{}\"", key.name),
             "a replica identity with the primary key, so that updates and deletes can be followed",
-            format!("ALTER TABLE {} REPLICA IDENTITY DEFAULT;", source.sql_name()),
+            format!("ALTER TABLE {} REPLICA IDENTITY {identity};", source.sql_name()),
         ));
     }
     let columns = columns.iter().map(|c| column(c).map(typed)).collect::<Result<_>>()?;
     let oid = Some(source.relation.oid);
-    let table = LookupTable { table: name.to_owned(), oid, key: typed(key), columns };
+    let table = LookupTable { table: name.to_owned(), oid, key: typed(key), columns, numbers: BTreeMap::new() };
     Ok(Lookup { table, source: source.clone() })
 }
 
@@ -114,6 +118,9 @@ pub(super) async fn write(
         Some(_) => Some(Snapshot { lsn: header.origin, ..now(client).await? }),
         None => None,
     };
+    for (table, lookup) in header.tables.iter_mut().zip(lookups) {
+        table.numbers = column_numbers(client, lookup.source.relation.oid).await?;
+    }
     let mut out = BaseWriter::create(dir, &header)?;
     let mut count = 0;
     read(client, lookups, |number, key, values| {

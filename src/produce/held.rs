@@ -103,7 +103,7 @@ impl Held {
         let server = slot::server_lsn(&self.client).await?;
         // A standby that was restarted takes connections before it is back where it was.
         let replaying = slot::is_standby(&self.client).await?;
-        let origin = require_header(&config.state.dir)?.origin;
+        let origin = require_header(&config.state.dir, &config.postgres.slot)?.origin;
         let tables = config.sources(catalog::published_names(&self.client, &config.postgres.publication).await?)?;
         let (mut outlets, mut from, mut have) = (Outlets::default(), None::<Checkpoint>, None::<Checkpoint>);
         let mut positions = Vec::new();

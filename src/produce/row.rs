@@ -66,7 +66,7 @@ fn read<'a>(tuple: Tuple<'a>, at: Position, layout: &Layout, cells: &mut Cells<'
 fn compare<'a>(old: Old<'a>, at: Position, event: &mut Event<'a>, keep: bool) -> Result<()> {
     let mut before = Cells::new();
     read(old.tuple(), at, event.layout, &mut before)?;
-    fill_unchanged(&mut event.cells, &before, matches!(old, Old::Key(_)));
+    fill_unchanged(&mut event.cells, &before);
     // In an old key NULL is unknown: the column is not part of it.
     let differs = |i: &usize| before[*i] != Cell::Null && before[*i] != event.cells[*i];
     if keep || event.layout.primary_key.iter().any(differs) {
@@ -75,10 +75,11 @@ fn compare<'a>(old: Old<'a>, at: Position, event: &mut Event<'a>, keep: bool) ->
     Ok(())
 }
 
-/// The old row has what the update did not touch: all of it under REPLICA IDENTITY FULL, else a TOASTed key.
-fn fill_unchanged<'a>(new: &mut Cells<'a>, old: &Cells<'a>, is_key: bool) {
+/// The old row has what the update did not touch: all of it under REPLICA IDENTITY FULL, else a TOASTed key. A NULL is none of
+/// that: a partition with another identity than its root has its key alone in what is sent as a whole row.
+fn fill_unchanged<'a>(new: &mut Cells<'a>, old: &Cells<'a>) {
     for (new, old) in new.iter_mut().zip(old).filter(|(new, _)| **new == Cell::Unchanged) {
-        if !is_key || *old != Cell::Null {
+        if *old != Cell::Null {
             *new = *old;
         }
     }

@@ -118,6 +118,16 @@ impl Session {
         Ok(())
     }
 
+    /// Whether the lookup log has grown so long that the session should end where it is. Only where all sinks will have
+    /// everything can the next one fold it.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Fatal`] when the disk refuses.
+    pub(super) fn is_outgrown(&self) -> Result<bool> {
+        let whole = self.walk.checkpoint().partial.is_none() && self.walk.history.is_proven();
+        Ok(whole && self.outlets.left_out.is_empty() && self.walk.enricher.is_outgrown()?)
+    }
+
     pub(super) fn measure(&mut self) {
         self.walk.measure(&self.outlets.sinks);
     }

@@ -33,7 +33,7 @@ pub(super) async fn begin(world: &World, lsn: Lsn) -> Result<()> {
     let conninfo = Conninfo::parse(&config.postgres.url)?;
     let client = world.at_start("postgres", || conninfo.sql(APPLICATION)).await?;
     let state = slot::require(name, slot::read(&client, name).await?, conninfo.dbname())?;
-    let header = require_header(&config.state.dir)?;
+    let header = require_header(&config.state.dir, name)?;
     let begun = header.origin == lsn;
     if begun && state.confirmed_flush_lsn >= lsn {
         return Ok(());
@@ -90,7 +90,9 @@ async fn fold(world: &World, lsn: Lsn) -> Result<()> {
         let Session { stream, walk, .. } = session;
         stream.finish().await;
         match reached? {
-            Reached::End(at) if at == lsn => return walk.enricher.begin_at(&world.config.state.dir, lsn),
+            Reached::End(at) if at == lsn => {
+                return walk.enricher.begin_at(&world.config.state.dir, &world.config.postgres.slot, lsn);
+            }
             Reached::End(at) => return Err(within_record(lsn, at)),
             Reached::ReadAgain => {}
             Reached::ReadInText => form = Some(WireForm::Text),

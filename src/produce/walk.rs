@@ -1,6 +1,6 @@
 //! The walk of one chunk: message → change → event → sinks; lookup changes into the fold.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -280,7 +280,11 @@ impl Walk {
     async fn relation(&mut self, relation: Relation, sinks: &mut [Box<dyn Sink>]) -> Result<()> {
         let primary_key = slot::primary_key(&self.client, &relation).await?;
         let lookup = self.enricher.lookup(&relation.table());
-        let changed = self.follow(lookup, &relation)?;
+        let numbers = match lookup {
+            Some(_) => slot::column_numbers(&self.client, relation.oid).await?,
+            None => BTreeMap::new(),
+        };
+        let changed = self.follow(lookup, &relation, &numbers)?;
         let oid = relation.oid;
         let same = |known: &Known| known.relation == relation && known.primary_key == primary_key;
         if !self.layouts.get(&oid).is_some_and(same) {
@@ -293,11 +297,11 @@ impl Walk {
     }
 
     /// Tells the lookup cache of a schema; says whether the events that a lookup table enriches have to be planned anew.
-    fn follow(&mut self, lookup: Option<usize>, relation: &Relation) -> Result<bool> {
+    fn follow(&mut self, lookup: Option<usize>, relation: &Relation, numbers: &BTreeMap<String, i16>) -> Result<bool> {
         let next = self.assembler.next().unwrap_or(Position { commit_lsn: self.resume, ordinal: 0 });
         let xid = self.assembler.xid();
         match lookup {
-            Some(lookup) => self.enricher.relation(lookup, relation, next, xid),
+            Some(lookup) => self.enricher.relation(lookup, relation, numbers, next, xid),
             None => self.enricher.require_no_lookup(relation, next, xid).map(|()| false),
         }
     }

@@ -69,7 +69,7 @@ pub fn open(config: &Config, identity: &SlotIdentity) -> Result<Opened> {
     let position = position(config, identity)?;
     let began = match archive::list(&dir)?.into_iter().rfind(Batch::is_streamed) {
         Some(batch) => Began::After(batch.last),
-        None => Began::At(require_header(&config.state.dir)?.origin),
+        None => Began::At(require_header(&config.state.dir, &identity.slot)?.origin),
     };
     // Below every LSN: a sink without a position has nothing, and nothing of it may be acknowledged.
     let start = position.unwrap_or(Checkpoint::whole(Lsn(0)));

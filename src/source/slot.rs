@@ -1,5 +1,7 @@
 //! The slot and the catalogue, as SQL sees them.
 
+use std::collections::BTreeMap;
+
 use tokio_postgres::{Client, Row};
 
 use super::catalog::KEY;
@@ -248,6 +250,17 @@ pub async fn primary_key(client: &Client, relation: &Relation) -> Result<Vec<usi
         _ if relation.replica_identity == b'i' => identity(),
         _ => Vec::new(),
     })
+}
+
+/// The columns of a table by name, with `pg_attribute.attnum`: a column keeps its number, whatever it is called.
+///
+/// # Errors
+/// [`Error::Unreachable`] when the connection is lost.
+pub async fn column_numbers(client: &Client, table: u32) -> Result<BTreeMap<String, i16>> {
+    let sql = "SELECT attname::text, attnum FROM pg_catalog.pg_attribute \
+               WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped";
+    let rows = client.query(sql, &[&table]).await.map_err(lost)?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
 pub(super) fn parse_lsn(text: &str) -> Result<Lsn> {

@@ -176,6 +176,32 @@ async fn a_lookup_column_of_a_wider_type_goes_on_and_one_that_was_rewritten_stop
     assert_eq!(p.rows("engagement_events").len(), 6);
 }
 
+/// Name and type are the same, and for the rows that are not touched the stream brings no value of the new one.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_column_under_a_lookup_columns_name_stops_the_stream_until_the_rows_are_adopted() {
+    let p = with_content("lookupswap").await;
+    let other = "00000000-0000-0000-0000-00000000000b";
+    p.run(&format!("INSERT INTO content VALUES ('{other}', 't', 'other', 'podcast', 100, now())")).await;
+    let event = event("content_id", 1000);
+    p.run(&event).await;
+    p.run("ALTER TABLE content ADD len2 int; UPDATE content SET len2 = length_seconds / 2").await;
+    p.run(&event).await;
+    p.run(
+        "BEGIN; ALTER TABLE content RENAME length_seconds TO length_before; \
+         ALTER TABLE content RENAME len2 TO length_seconds; COMMIT",
+    )
+    .await;
+    p.run(&format!("UPDATE content SET slug = 'u' WHERE id = '{other}'")).await;
+    p.run(&event).await;
+    is_refused_and_checked(&p, &["lookup_columns", "another column as \"length_seconds\"", "falaj init --adopt-slot"])
+        .await;
+    p.start(&["init", "--yes", "--adopt-slot"]).ends_well().await;
+    p.produce().await;
+    let values = p.values("engagement_events").await;
+    let lengths = ["id=1 length_seconds=100", "id=2 length_seconds=100", "id=3 length_seconds=50"];
+    assert_eq!(shown(&values, &["id", "length_seconds"]), lengths);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lookup_table_that_is_made_anew_stops_the_stream_until_its_rows_are_adopted() {
     let p = with_content("lookupanew").await;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{BaseHeader, CHANGES, LookupChange, Row, at, line, missing};
+use super::{BaseHeader, CHANGES, LookupChange, RESTORE, Row, at, line, missing};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 
@@ -121,12 +121,22 @@ pub fn header(dir: &Path) -> Result<Option<BaseHeader>> {
     }
 }
 
-/// Like [`header`], where a state is needed.
+/// Like [`header`], where the state of this slot is needed.
 ///
 /// # Errors
 /// [`Error::Refused`] when there is none.
-pub fn require_header(dir: &Path) -> Result<BaseHeader> {
-    header(dir)?.ok_or_else(|| missing(dir, "no base.jsonl"))
+pub fn require_header(dir: &Path, slot: &str) -> Result<BaseHeader> {
+    header(dir)?.ok_or_else(|| unknown(dir, slot))
+}
+
+/// The refusal of a slot whose lookup rows nobody knows.
+pub fn unknown(dir: &Path, slot: &str) -> Error {
+    Error::refused(
+        "lookup_state",
+        format!("{} holds no lookup state of slot \"{slot}\"", dir.display()),
+        "the lookup rows as of the slot's position, which `falaj init` writes when it makes the slot",
+        RESTORE,
+    )
 }
 
 /// Reads the base, which must not lie beyond `upto`.

@@ -21,15 +21,24 @@ struct Tail {
     lines: BufReader<File>,
     /// Where the next one begins.
     at: u64,
+    /// The next one, once it has been looked at; empty behind the last.
+    next: Option<Vec<u8>>,
 }
 
 impl Tail {
     /// Whether the next entry is this one; then it is passed over.
     fn is_next(&mut self, line: &[u8]) -> std::io::Result<bool> {
-        let mut next = Vec::with_capacity(line.len());
-        self.lines.read_until(b'\n', &mut next)?;
+        let next = match self.next.take() {
+            Some(next) => next,
+            None => {
+                let mut next = Vec::with_capacity(line.len());
+                self.lines.read_until(b'\n', &mut next)?;
+                next
+            }
+        };
         let same = next == line;
         self.at += if same { line.len() as u64 } else { 0 };
+        self.next = (!same).then_some(next);
         Ok(same)
     }
 }
@@ -42,7 +51,7 @@ impl ChangeLog {
         let read = read_entries(dir, BufReader::new(&file), loaded)?;
         let mut lines = BufReader::new(at(dir, File::open(&path))?);
         at(dir, lines.seek(SeekFrom::Start(read)))?;
-        let tail = Some(Tail { lines, at: read });
+        let tail = Some(Tail { lines, at: read, next: None });
         Ok(Self { dir: dir.to_owned(), out: BufWriter::new(file), dirty: false, tail })
     }
 
@@ -76,19 +85,31 @@ impl ChangeLog {
     /// # Errors
     /// [`crate::error::Error::Fatal`] with the path when the disk refuses.
     pub fn append(&mut self, entry: &Entry) -> Result<()> {
+        if self.is_next(entry)? {
+            return Ok(());
+        }
         self.dirty = true;
         if let Some(tail) = &mut self.tail {
-            let mut text = Vec::new();
-            at(&self.dir, line(&mut text, entry))?;
-            if at(&self.dir, tail.is_next(&text))? {
-                return Ok(());
-            }
             // The end, or what a crash has torn.
             let (file, end) = (self.out.get_mut(), tail.at);
             at(&self.dir, file.set_len(end).and_then(|()| file.seek(SeekFrom::Start(end))))?;
             self.tail = None;
         }
         at(&self.dir, line(&mut self.out, entry))
+    }
+
+    /// Whether the entry that the log goes on with is this one; then it is passed over.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Fatal`] with the path when the disk refuses.
+    pub fn is_next(&mut self, entry: &Entry) -> Result<bool> {
+        let Some(tail) = &mut self.tail else { return Ok(false) };
+        let mut text = Vec::new();
+        at(&self.dir, line(&mut text, entry))?;
+        let is_next = at(&self.dir, tail.is_next(&text))?;
+        // Whoever wrote it may have been killed before it was durable.
+        self.dirty |= is_next;
+        Ok(is_next)
     }
 
     /// Makes every entry durable.
