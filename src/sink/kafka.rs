@@ -9,6 +9,7 @@ mod history;
 mod limit;
 mod position;
 mod reports;
+mod topic;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -74,13 +75,13 @@ pub async fn open(
 ) -> Result<Opened> {
     let (c, id, stop) = (Arc::clone(&config), identity.clone(), stop.clone());
     let known: BTreeSet<String> = tables.iter().map(|table| config.topic(table)).collect();
-    let own = [config.checkpoint_topic(), config.dead_letter_topic()];
-    let own = own.into_iter().take(if config.kafka.too_large == TooLarge::DeadLetter { 2 } else { 1 });
-    let needed: Vec<String> = own.chain(known.iter().cloned()).collect();
+    let letters = (config.kafka.too_large == TooLarge::DeadLetter).then(|| config.dead_letter_topic());
+    let needed: Vec<String> = known.iter().cloned().chain(letters).collect();
     let blocking = tokio::task::spawn_blocking(move || {
         let producer = producer(&c, &id.slot)?;
-        let topics = kafka::topics_of(&c.kafka, producer.client(), kafka::TIMEOUT)?;
-        needed.iter().try_for_each(|topic| require(&topics, topic))?;
+        let topics = kafka::topics_of(&c.kafka, producer.client(), kafka::TIMEOUT);
+        let topics = topics.map_err(|e| kafka::explained(&c.kafka, e))?;
+        require(&topics, &c.checkpoint_topic(), &needed)?;
         // Whose topics they are comes first: the owner of others is not put out of them.
         read_position(&c, &id, None)?;
         producer.init_transactions(kafka::TIMEOUT).map_err(|e| kafka::error(&c.kafka, &e))?;
@@ -108,7 +109,7 @@ pub async fn peek(
 ) -> Result<Option<Stored>> {
     let (id, settled) = (identity.clone(), settled.cloned());
     tokio::task::spawn_blocking(move || {
-        require(&kafka::topics(&config.kafka, kafka::TIMEOUT)?, &config.checkpoint_topic())?;
+        require(&kafka::topics(&config.kafka, kafka::TIMEOUT)?, &config.checkpoint_topic(), [])?;
         Ok(read_position(&config, &id, settled.as_ref())?.map(Stored))
     })
     .await

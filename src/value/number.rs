@@ -217,9 +217,13 @@ impl Decimal {
             return None;
         }
         // a·10^-s ÷ b·10^-t at scale r = (a · 10^(t+r)) ÷ (b · 10^s)
-        let numerator = self.unscaled.checked_mul(10_i128.checked_pow(divisor.scale.checked_add(scale)?)?)?;
-        let denominator = divisor.unscaled.checked_mul(10_i128.checked_pow(self.scale)?)?;
-        let (quotient, rest) = quotient_and_rest(numerator, denominator);
+        let (more, less) = (divisor.scale.checked_add(scale)?, self.scale);
+        if let Some(short) = short_quotient((self.unscaled, more), (divisor.unscaled, less)) {
+            return Some(Self { unscaled: short.into(), scale });
+        }
+        let numerator = self.unscaled.checked_mul(10_i128.checked_pow(more)?)?;
+        let denominator = divisor.unscaled.checked_mul(10_i128.checked_pow(less)?)?;
+        let (quotient, rest) = (numerator / denominator, numerator % denominator);
         let away = if rest.unsigned_abs() >= denominator.unsigned_abs().div_ceil(2) { numerator.signum() } else { 0 };
         Some(Self { unscaled: quotient + away, scale })
     }
@@ -238,12 +242,14 @@ impl Decimal {
     }
 }
 
-/// Division of 128 bits is slow, and nearly all numbers have fewer. `denominator` is positive.
-fn quotient_and_rest(numerator: i128, denominator: i128) -> (i128, i128) {
-    match (i64::try_from(numerator), i64::try_from(denominator)) {
-        (Ok(n), Ok(d)) => ((n / d).into(), (n % d).into()),
-        _ => (numerator / denominator, numerator % denominator),
-    }
+/// The rounded quotient of two numbers, each with the power of ten that it is multiplied by; `None` where 64 bits do not do. 128 bits
+/// are slow to multiply and to divide, and nearly all numbers have fewer. The divisor is positive.
+fn short_quotient(dividend: (i128, u32), divisor: (i128, u32)) -> Option<i64> {
+    let wide = |(unscaled, power): (i128, u32)| i64::try_from(unscaled).ok()?.checked_mul(10_i64.checked_pow(power)?);
+    let (dividend, divisor) = (wide(dividend)?, wide(divisor)?);
+    let (quotient, rest) = (dividend / divisor, dividend % divisor);
+    let away = if rest.unsigned_abs() >= divisor.unsigned_abs().div_ceil(2) { dividend.signum() } else { 0 };
+    Some(quotient + away)
 }
 
 fn place_point_at_scale(digits: &[u8], scale: usize, out: &mut Vec<u8>) {
@@ -354,6 +360,14 @@ mod tests {
     }
 
     proptest! {
+        /// Scaled up by 2^65 both ways, so that 64 bits do not do.
+        #[test]
+        fn a_short_division_is_a_long_one(a: i32, b in 1..i32::MAX, s in 0..4_u32, t in 0..4_u32, r in 0..4_u32) {
+            let long = 1_i128 << 65;
+            let of = |unscaled: i32, scale, times: i128| Decimal { unscaled: i128::from(unscaled) * times, scale };
+            prop_assert_eq!(of(a, s, 1).divide(of(b, t, 1), r), of(a, s, long).divide(of(b, t, long), r));
+        }
+
         #[test]
         fn decimals_read_back(unscaled in any::<i64>(), scale in 0..12_u32) {
             let d = Decimal { unscaled: unscaled.into(), scale };

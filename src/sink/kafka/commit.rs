@@ -13,6 +13,7 @@ use tracing::warn;
 
 use super::limit::queue_kbytes;
 use super::reports::Reports;
+use super::topic::Topics;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
 use crate::kafka::{TIMEOUT, TRANSACTION_TIMEOUT, client_over, error, transaction_timeout};
@@ -84,7 +85,7 @@ pub(super) type Progress = Box<dyn Fn(Checkpoint) -> Result<(String, Vec<u8>)> +
 
 /// The thread's side: owns the producer and the open Kafka transaction.
 pub(super) struct Committer {
-    producer: BaseProducer<Reports>,
+    producer: Arc<BaseProducer<Reports>>,
     config: config::Kafka,
     topic: String,
     progress: Progress,
@@ -112,7 +113,7 @@ impl Committer {
         spent: Sender<Records>,
     ) -> Self {
         Self {
-            producer,
+            producer: Arc::new(producer),
             config: config.kafka.clone(),
             topic: config.checkpoint_topic(),
             progress,
@@ -125,10 +126,12 @@ impl Committer {
     }
 
     pub(super) fn run(mut self, orders: &Orders<Piece>) -> Result<()> {
+        let producer = Arc::clone(&self.producer);
+        let mut topics = Topics::new(&producer);
         loop {
             match orders.next(self.open.as_ref().map(|open| self.patience(open))) {
                 Next::Order(Order { what: piece, .. }) => {
-                    self.add(&piece)?;
+                    self.add(&piece, &mut topics)?;
                     if let Some(records) = piece.records.cleared() {
                         let _ = self.spent.send(records);
                     }
@@ -166,7 +169,7 @@ impl Committer {
         }
     }
 
-    fn add(&mut self, piece: &Piece) -> Result<()> {
+    fn add(&mut self, piece: &Piece, topics: &mut Topics<'_>) -> Result<()> {
         if self.open.is_none() {
             self.producer.begin_transaction().map_err(|e| self.failed(&e))?;
         }
@@ -182,37 +185,44 @@ impl Committer {
             open.delay = last.timestamp.map(age_of).unwrap_or_default();
         }
         for record in &piece.records.list {
-            self.produce(piece, record)?;
+            self.produce(piece, record, topics)?;
         }
         Ok(())
     }
 
-    fn produce(&self, piece: &Piece, record: &Record) -> Result<()> {
-        let mut out = BaseRecord::<[u8], [u8]>::to(&piece.topics[record.topic]);
-        out.payload = record.value.clone().map(|value| &piece.records.bytes[value]);
-        out.timestamp = record.timestamp;
-        out.key = record.key.clone().map(|key| &piece.records.bytes[key]);
-        out.partition = record.partition;
-        out.headers.clone_from(&record.headers);
-        self.send(out)
+    fn produce(&self, piece: &Piece, record: &Record, topics: &mut Topics<'_>) -> Result<()> {
+        let name = &piece.topics[record.topic];
+        let bytes = |range: &Option<Range<usize>>| range.clone().map(|range| &piece.records.bytes[range]);
+        let (key, value) = (bytes(&record.key), bytes(&record.value));
+        if record.headers.is_none() {
+            let topic = topics.at(record.topic, name).map_err(|e| self.failed(&e))?;
+            return self.queue(|| topic.send(key, value, record.timestamp, record.partition));
+        }
+        self.queue(|| {
+            let mut out = BaseRecord::<[u8], [u8]>::to(name);
+            (out.key, out.payload) = (key, value);
+            (out.timestamp, out.partition) = (record.timestamp, record.partition);
+            out.headers.clone_from(&record.headers);
+            self.producer.send(out).map_err(|(e, _)| e)
+        })
     }
 
     /// librdkafka's own queue is bounded; while it is full, wait for the broker to take some of it.
-    fn send(&self, mut record: BaseRecord<'_, [u8], [u8]>) -> Result<()> {
+    fn queue(&self, send: impl Fn() -> Result<(), KafkaError>) -> Result<()> {
         loop {
-            record = match self.producer.send(record) {
+            match send() {
                 Ok(()) => return Ok(()),
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => back,
-                Err((e, _)) => return Err(self.failed(&e)),
-            };
-            self.flush(FULL);
+                Err(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull)) => self.flush(FULL),
+                Err(e) => return Err(self.failed(&e)),
+            }
         }
     }
 
     fn commit(&mut self, orders: &Orders<Piece>) -> Result<()> {
         let Some(Open { checkpoint, since, bytes, .. }) = self.open.take() else { return Ok(()) };
         let (key, value) = (self.progress)(checkpoint)?;
-        self.send(BaseRecord::to(&self.topic).key(key.as_bytes()).payload(value.as_slice()).partition(0))?;
+        let record = || BaseRecord::to(&self.topic).key(key.as_bytes()).payload(value.as_slice()).partition(0);
+        self.queue(|| self.producer.send(record()).map_err(|(e, _)| e))?;
         // `commit_transaction` would wait for the records too, but in steps of 100 ms.
         self.flush(TIMEOUT);
         self.retrying(|p| p.commit_transaction(TIMEOUT))?;
