@@ -154,7 +154,7 @@ async fn drain(stage: &Stage, cast: Cast, screen: &mut Screen) -> Result<()> {
     screen.say("draining   consume and upload to the end");
     let consumed = async {
         consume.stop().await?;
-        let args = cli::Consume { until_end: true, ..Default::default() };
+        let args = both_outlets(true);
         consume::run(&stage.world, &args).await
     };
     let uploaded = async {
@@ -170,6 +170,11 @@ async fn produce_to(stage: &Stage, end: Lsn) -> Result<()> {
     produce::run(&stage.world, &args).await
 }
 
+/// An empty address is a fault here: everything is shown.
+fn both_outlets(until_end: bool) -> cli::Consume {
+    cli::Consume { until_end, sinks: Some(vec![cli::Outlet::Redis, cli::Outlet::External]) }
+}
+
 /// The roles at work. Each has its own stop, because they are drained one after the other.
 struct Cast {
     generate: Role,
@@ -183,7 +188,7 @@ impl Cast {
         let load = cli::Generate { rate: Some(RATE), count: None, seed: SEED };
         Self {
             produce: Role::start("produce", world, async |w| produce::run(&w, &cli::Produce::default()).await),
-            consume: Role::start("consume", world, async |w| consume::run(&w, &cli::Consume::default()).await),
+            consume: Role::start("consume", world, async |w| consume::run(&w, &both_outlets(false)).await),
             upload: Role::start("upload", world, async |w| upload::run(&w, &cli::Upload::default()).await),
             generate: Role::start("generate", world, async move |w| {
                 // A load that began before its readers would show their start as latency.

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use falaj::cli::{Cli, Outlet, Verb};
+use falaj::cli::{Cli, Consume, Outlet, Verb};
 use falaj::config::Config;
+use falaj::consume::outlets;
 use falaj::error::{Error, Result};
 use falaj::world::{Health, World};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -108,18 +109,18 @@ fn starting(config: &Config, verb: &Verb) -> Vec<&'static str> {
     let produce = ["replication"];
     let loads = config.bigquery.project.as_deref().is_some_and(|project| !project.is_empty());
     let upload: &[_] = if loads { &["upload"] } else { &[] };
-    let redis = ["redis", "kafka_board"];
-    let external = ["kafka_external"];
+    let consume = |args: &Consume| -> Vec<&'static str> {
+        let checks = |outlet| match outlet {
+            Outlet::Redis => &["redis", "kafka_board"][..],
+            Outlet::External => &["kafka_external"],
+        };
+        outlets(config, args).into_iter().flat_map(checks).copied().collect()
+    };
     match verb {
         Verb::Produce(_) => produce.to_vec(),
         Verb::Upload(_) => upload.to_vec(),
-        Verb::Consume(args) => {
-            let feeds = |outlet| args.sinks.as_ref().is_none_or(|sinks| sinks.contains(&outlet));
-            let redis = if feeds(Outlet::Redis) { &redis[..] } else { &[] };
-            let external = if feeds(Outlet::External) { &external[..] } else { &[] };
-            [redis, external].concat()
-        }
-        Verb::Run => [&produce[..], &redis, &external, upload].concat(),
+        Verb::Consume(args) => consume(args),
+        Verb::Run => [&produce[..], &consume(&Consume::default()), upload].concat(),
         _ => Vec::new(),
     }
 }

@@ -64,6 +64,8 @@ const COUNTERS: &[(&str, &str)] = &[
     ("falaj_consume_redis_events_total", "Events applied to the board."),
     ("falaj_consume_redis_batches_total", "Scripts that applied a batch to the board."),
     ("falaj_consume_redis_refused_batches_total", "Batches that Redis did not take because it stood elsewhere."),
+    ("falaj_consume_redis_malformed_total", "Records that are no engagement events, and are not on the board."),
+    ("falaj_consume_redis_rebalances_total", "Times that its group gave a board's reader partitions or took them."),
     ("falaj_consume_redis_late_dropped_total", "Events left out because they were too old at their commit."),
     ("falaj_consume_redis_future_dropped_total", "Events left out because they lay too far ahead of their commit."),
     ("falaj_external_delivered_total", "Events that the outside system has taken."),
@@ -79,6 +81,7 @@ const COUNTERS: &[(&str, &str)] = &[
     ("falaj_generate_rows_total", "Engagement rows committed by the generator."),
     ("falaj_generate_rolled_back_rows_total", "Engagement rows that the generator rolled back."),
     ("falaj_generate_transactions_total", "Transactions of the generator."),
+    ("falaj_generate_retries_total", "Transactions that the generator began again because the connection was lost."),
 ];
 
 const GAUGES: &[(&str, &str)] = &[

@@ -17,8 +17,11 @@ pub async fn run(world: &World) -> Result<()> {
     let mut roles = JoinSet::new();
     let w = world.clone();
     roles.spawn(async move { ("produce", produce::run(&w, &cli::Produce::default()).await) });
-    let w = world.clone();
-    roles.spawn(async move { ("consume", consume::run(&w, &cli::Consume::default()).await) });
+    let args = cli::Consume::default();
+    if !consume::outlets(&world.config, &args).is_empty() {
+        let w = world.clone();
+        roles.spawn(async move { ("consume", consume::run(&w, &args).await) });
+    }
     // Without a project it says so and ends; that is no reason for the others to end.
     let w = world.clone();
     roles.spawn(async move { ("upload", upload::run(&w, &cli::Upload::default()).await) });

@@ -46,7 +46,7 @@ async fn metrics_carry_the_names_that_dashboards_rely_on() {
     // Who asks together is answered by one look.
     let asked = join_all((0..20).map(|_| http.json("/api/v1/board?top=3"))).await;
     let moments: BTreeSet<&str> = asked.iter().map(|board| board["as_of"].as_str().unwrap()).collect();
-    assert!(moments.len() < 20, "{moments:?}");
+    assert!(moments.len() <= 3, "{moments:?}");
     let wanted = [
         "falaj_produce_events_total ",
         "falaj_produce_lag_bytes{sink=\"kafka\"} ",

@@ -22,7 +22,7 @@ use crate::world::{World, print, print_on};
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 /// How often `board --follow` reads.
 const FOLLOW_EVERY: Duration = Duration::from_secs(1);
-/// Contents in a report.
+/// Contents and devices in a report.
 const REPORT_TOP: usize = 10;
 /// Longer titles and device names are cut in the table.
 const MAX_TEXT: usize = 60;
@@ -209,7 +209,7 @@ fn show(view: &BoardView, args: &Board) -> Result<bool> {
     }
     // A followed board stays in its place on a terminal.
     let clear = if args.follow && std::io::stdout().is_terminal() { "\x1b[2J\x1b[H" } else { "" };
-    print_on(&format!("{clear}{}", table(view)))
+    print_on(&format!("{clear}{}", table(view, 0)))
 }
 
 /// Reports every few seconds what `consume` applied, for ever.
@@ -220,7 +220,7 @@ pub async fn report(store: &Store, latency: &Latency) -> Infallible {
     }
 }
 
-/// Prints board, devices and latency: a table on a terminal, else one JSON line.
+/// Prints the heads of board and devices, and the latency: a table on a terminal, else one JSON line.
 pub async fn report_once(store: &Store, latency: &Latency) {
     #[derive(Serialize)]
     struct Line<'a> {
@@ -229,10 +229,11 @@ pub async fn report_once(store: &Store, latency: &Latency) {
         board: &'a BoardView,
     }
     let printed = async {
-        let view = read(store, REPORT_TOP).await?;
+        let mut view = read(store, REPORT_TOP).await?;
+        let more_devices = shorten(&mut view);
         let report = latency.take();
         if std::io::stdout().is_terminal() {
-            return print(&format!("{}{}\n", table(&view), report_text(&report)));
+            return print(&format!("{}{}\n", table(&view, more_devices), report_text(&report)));
         }
         print(&(json(&Line { report: &report, board: &view })? + "\n"))
     };
@@ -240,6 +241,14 @@ pub async fn report_once(store: &Store, latency: &Latency) {
     if let Err(e) = printed.await {
         warn!(error = %e, "no report");
     }
+}
+
+/// Leaves the devices that a report shows, and says how many were left out: clients name their devices as they like, and
+/// what comes every five seconds must not grow with that.
+fn shorten(view: &mut BoardView) -> usize {
+    let more = view.devices.len().saturating_sub(REPORT_TOP);
+    view.devices.truncate(REPORT_TOP);
+    more
 }
 
 fn json(value: &impl Serialize) -> Result<String> {
@@ -262,7 +271,7 @@ fn report_text(report: &Report) -> String {
 }
 
 /// Texts of unknown width and direction stand last in their line, where they cannot push a column.
-fn table(view: &BoardView) -> String {
+fn table(view: &BoardView, more_devices: usize) -> String {
     let mut text = format!("last {} minutes, as of {}\n", WINDOW_SECONDS / 60, view.as_of);
     let _ = writeln!(text, "{:>4} {:>14} {:>9} {:>8}  {:<10}  title", "rank", "seconds", "events", "users", "type");
     for c in &view.top {
@@ -276,6 +285,9 @@ fn table(view: &BoardView) -> String {
         let name = plain(d.device.as_deref().unwrap_or("(null)"));
         let time = d.last_seen.get(11..).unwrap_or(&d.last_seen);
         let _ = writeln!(text, "{:>9}  {time:<15}  {name}", d.events);
+    }
+    if more_devices > 0 {
+        let _ = writeln!(text, "{:>9}  and {more_devices} more devices", "");
     }
     if view.late_dropped + view.future_dropped > 0 {
         let _ = writeln!(text, "left out: {} late, {} from the future", view.late_dropped, view.future_dropped);
@@ -341,12 +353,23 @@ mod tests {
 
     #[test]
     fn the_table_keeps_its_columns_whatever_the_titles() {
-        let text = table(&view());
+        let text = table(&view(), 0);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[2], "   1       1234.900         2        1  video       قناة الماء");
         assert_eq!(lines[3], "   2         -0.900         2        1  video       b");
         assert_eq!(lines[8], "        3  00:00:00.000000Z  (null)");
         assert_eq!(lines[9], "left out: 1 late, 0 from the future");
+    }
+
+    #[test]
+    fn a_report_shows_the_devices_with_the_most_events_and_how_many_more_there_are() {
+        let rows = (0..25).map(|n| (format!("=device-{n:02}"), 100 - n, 0)).collect();
+        let mut view = BoardView { devices: order(rows).unwrap(), ..view() };
+        assert_eq!(shorten(&mut view), 15);
+        let names: Vec<_> = view.devices.iter().filter_map(|d| d.device.clone()).collect();
+        assert_eq!(names, (0..10).map(|n| format!("device-{n:02}")).collect::<Vec<_>>());
+        assert!(table(&view, 15).contains("  device-09\n           and 15 more devices\n"), "{}", table(&view, 15));
+        assert_eq!(shorten(&mut view), 0);
     }
 
     #[test]

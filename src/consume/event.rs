@@ -2,10 +2,13 @@
 
 use std::borrow::Cow;
 
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 
 /// A created engagement event, borrowed from the bytes of its Kafka value.
+///
+/// A column that the table or its lookup does not have (any more) counts as NULL: to drop one is legal, and must not empty
+/// the board.
 ///
 /// Times are microseconds since 1970 UTC. `-infinity` and times before Christ are `i64::MIN`, `infinity` is `i64::MAX`.
 #[derive(Debug, PartialEq, Eq)]
@@ -49,39 +52,38 @@ pub fn parse(value: &[u8]) -> Result<Option<Event<'_>>, String> {
 struct Wire<'a> {
     #[serde(borrow, rename = "_op")]
     op: Text<'a>,
-    #[serde(borrow, default, rename = "_id")]
-    id: Field<Text<'a>>,
-    #[serde(borrow, default, rename = "_commit_ts")]
-    commit_ts: Field<Text<'a>>,
-    #[serde(borrow, default)]
-    event_ts: Field<Text<'a>>,
-    #[serde(borrow, default)]
-    content_id: Field<Text<'a>>,
-    #[serde(borrow, default)]
-    user_id: Field<Text<'a>>,
-    #[serde(borrow, default)]
-    device: Field<Text<'a>>,
-    #[serde(borrow, default)]
-    title: Field<Text<'a>>,
-    #[serde(borrow, default)]
-    content_type: Field<Text<'a>>,
-    #[serde(borrow, default)]
-    engagement_seconds: Field<&'a RawValue>,
+    #[serde(borrow, rename = "_id")]
+    id: Option<Text<'a>>,
+    #[serde(borrow, rename = "_commit_ts")]
+    commit_ts: Option<Text<'a>>,
+    #[serde(borrow)]
+    event_ts: Option<Text<'a>>,
+    #[serde(borrow)]
+    content_id: Option<Text<'a>>,
+    #[serde(borrow)]
+    user_id: Option<Text<'a>>,
+    #[serde(borrow)]
+    device: Option<Text<'a>>,
+    #[serde(borrow)]
+    title: Option<Text<'a>>,
+    #[serde(borrow)]
+    content_type: Option<Text<'a>>,
+    #[serde(borrow)]
+    engagement_seconds: Option<&'a RawValue>,
 }
 
 impl<'a> Wire<'a> {
     fn created(self) -> Result<Event<'a>, String> {
-        let seconds = self.engagement_seconds.nullable("engagement_seconds")?;
         Ok(Event {
-            id: self.id.required("_id")?.0,
+            id: required(self.id, "_id")?,
             commit_ts: finite(time(self.commit_ts, "_commit_ts")?)?,
             event_ts: time(self.event_ts, "event_ts")?,
-            content_id: self.content_id.nullable("content_id")?.map(|t| t.0),
-            user_id: self.user_id.nullable("user_id")?.map(|t| t.0),
-            device: self.device.nullable("device")?.map(|t| t.0),
-            title: self.title.nullable("title")?.map(|t| t.0),
-            content_type: self.content_type.nullable("content_type")?.map(|t| t.0),
-            millis: seconds.map_or(Ok(0), |raw| {
+            content_id: self.content_id.map(|t| t.0),
+            user_id: self.user_id.map(|t| t.0),
+            device: self.device.map(|t| t.0),
+            title: self.title.map(|t| t.0),
+            content_type: self.content_type.map(|t| t.0),
+            millis: self.engagement_seconds.map_or(Ok(0), |raw| {
                 thousandths(raw.get())
                     .ok_or_else(|| format!("engagement_seconds is {raw}; needed: a plain number or null"))
             })?,
@@ -89,8 +91,12 @@ impl<'a> Wire<'a> {
     }
 }
 
-fn time(field: Field<Text<'_>>, name: &str) -> Result<i64, String> {
-    let text = field.required(name)?.0;
+fn required<'a>(field: Option<Text<'a>>, name: &str) -> Result<Cow<'a, str>, String> {
+    field.map(|t| t.0).ok_or_else(|| format!("{name} is missing or null"))
+}
+
+fn time(field: Option<Text<'_>>, name: &str) -> Result<i64, String> {
+    let text = required(field, name)?;
     micros(&text).ok_or_else(|| format!("{name} is {text:?}; needed: a time as 2026-01-31T23:59:59.000000Z"))
 }
 
@@ -103,38 +109,9 @@ fn finite(micros: i64) -> Result<i64, String> {
     }
 }
 
-/// serde borrows a `Cow` only where it stands directly in a field; this carries the borrow through [`Field`].
+/// serde borrows a `Cow` only where it stands directly in a field; this carries the borrow through an [`Option`].
 #[derive(Deserialize)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
-
-/// A key of an object: a record without the key is not one of ours, a NULL is.
-#[derive(Default)]
-enum Field<T> {
-    #[default]
-    Absent,
-    Null,
-    Value(T),
-}
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Field<T> {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        Option::deserialize(d).map(|v| v.map_or(Self::Null, Self::Value))
-    }
-}
-
-impl<T> Field<T> {
-    fn nullable(self, name: &str) -> Result<Option<T>, String> {
-        match self {
-            Self::Absent => Err(format!("{name} is missing")),
-            Self::Null => Ok(None),
-            Self::Value(value) => Ok(Some(value)),
-        }
-    }
-
-    fn required(self, name: &str) -> Result<T, String> {
-        self.nullable(name)?.ok_or_else(|| format!("{name} is null"))
-    }
-}
 
 /// A JSON number in thousandths, exact; digits past the third are rounded half away from zero.
 fn thousandths(number: &str) -> Option<i64> {
@@ -220,12 +197,34 @@ mod tests {
         }
     }
 
+    /// The same event, of a table or lookup without some of the columns.
+    fn without(columns: &[&str]) -> String {
+        let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(EVENT).unwrap();
+        columns.iter().for_each(|column| assert!(fields.remove(*column).is_some(), "{column}"));
+        serde_json::Value::Object(fields).to_string()
+    }
+
+    #[test]
+    fn a_column_that_is_gone_counts_as_null() {
+        let descriptive = ["content_id", "user_id", "device", "title", "content_type", "engagement_seconds"];
+        let text = without(&descriptive);
+        let event = parse(text.as_bytes()).unwrap().unwrap();
+        assert_eq!((&event.content_id, &event.user_id, &event.device), (&None, &None, &None));
+        assert_eq!((&event.title, &event.content_type, event.millis), (&None, &None, 0));
+        assert_eq!(event.commit_ts - event.event_ts, 999_994);
+        let text = without(&["device"]);
+        let event = parse(text.as_bytes()).unwrap().unwrap();
+        assert_eq!((event.device.as_deref(), event.content_type.as_deref()), (None, Some("video")));
+    }
+
     #[test]
     fn a_foreign_record_is_named_not_guessed() {
-        let without = EVENT.replace(r#""device":"web\u2011safari","#, "");
-        assert_eq!(parse(without.as_bytes()), Err("device is missing".into()));
+        for needed in ["_id", "_commit_ts", "event_ts"] {
+            let absent = without(&[needed]);
+            assert_eq!(parse(absent.as_bytes()), Err(format!("{needed} is missing or null")));
+        }
         let null = EVENT.replace(r#""2026-01-02T03:04:05.000006Z""#, "null");
-        assert_eq!(parse(null.as_bytes()), Err("event_ts is null".into()));
+        assert_eq!(parse(null.as_bytes()), Err("event_ts is missing or null".into()));
         for bad in ["", "null", "[]", "{}", "\u{1}", r#"{"_op":"x"}"#, r#"{"_op":"c"}"#, r#"{"_op":1}"#] {
             assert!(parse(bad.as_bytes()).is_err(), "{bad}");
         }

@@ -3,8 +3,8 @@
 //! The group only shares the partitions out; positions live in Redis, beside what they count.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
@@ -20,6 +20,12 @@ use crate::kafka::{self, topic_id};
 
 /// How long Kafka may take to answer a question of the loop: short, so that a shutdown is not held up by it.
 const TIMEOUT: Duration = Duration::from_secs(3);
+/// `max.poll.interval.ms` where nothing else is set: how long the reader may be held up, by Redis for instance, before the
+/// group goes on without it; a rebalance waits for it as long. To leave costs nothing, since positions live in Redis.
+const POLL_MILLIS: u64 = 30_000;
+/// `session.timeout.ms` where nothing else is set. A process that was killed holds its partitions for as long as the session
+/// lasts: six seconds is the least that brokers allow by default.
+const SESSION_MILLIS: u64 = 6_000;
 
 /// One topic, read as a member of the board's group.
 pub struct Input {
@@ -67,6 +73,15 @@ impl Record<'_> {
     }
 }
 
+/// What the group has decided about this member.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Share {
+    /// Nothing is ours until the group decides anew.
+    Revoked,
+    /// These partitions are ours; none, where there are more members than partitions.
+    Assigned(Vec<i32>),
+}
+
 /// Offsets of a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -101,6 +116,7 @@ impl Input {
     /// # Errors
     /// What librdkafka says about the subscription.
     pub fn subscribe(&self) -> Result<()> {
+        self.consumer.context().membership().waits();
         self.consumer.subscribe(&[&self.topic]).map_err(|e| self.error(&e))
     }
 
@@ -130,15 +146,20 @@ impl Input {
         }
     }
 
-    /// The partitions that the group has given us since the last call; `None` when nothing changed. Until
-    /// [`Input::assign`] none of them is read.
-    pub fn reassigned(&self) -> Option<Vec<i32>> {
-        self.consumer.context().change.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// What the group has decided since the last call; `None` when nothing changed. Until [`Input::assign`] no partition
+    /// that it has given is read.
+    pub fn reassigned(&self) -> Option<Share> {
+        self.consumer.context().membership().news.take()
     }
 
     /// Whether [`Input::reassigned`] has something to say.
     pub fn is_reassigned(&self) -> bool {
-        self.consumer.context().change.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.consumer.context().membership().news.is_some()
+    }
+
+    /// For how long the group has owed us a decision, be it that we get no partition; `None` where it has made one.
+    pub fn waited(&self) -> Option<Duration> {
+        self.consumer.context().membership().waits_since.map(|since| since.elapsed())
     }
 
     /// Reads these partitions, each from its offset, and no others.
@@ -176,12 +197,7 @@ impl Input {
     /// [`Error::Unreachable`]; [`Error::Refused`] when the topic is not there: it is made by init, never by accident.
     pub fn ends(&self) -> Result<BTreeMap<i32, i64>> {
         let Some(count) = kafka::partitions(&self.kafka, &self.topic)? else {
-            return Err(Error::refused(
-                "kafka_topics",
-                format!("no topic {} on {}", self.topic, self.kafka.servers()),
-                "the topic that produce writes to",
-                "run `falaj init`, or mend kafka.topic",
-            ));
+            return Err(kafka::no_topics(&[&self.topic]));
         };
         (0..count as i32).map(|p| Ok((p, self.watermarks(p)?.1))).collect()
     }
@@ -235,11 +251,18 @@ impl Input {
 
 fn client(config: &Config, until_end: bool) -> ClientConfig {
     let mut client = kafka::consumer(&config.kafka, until_end);
-    // These two may be configured. A process that was killed holds its partitions for as long as the session lasts:
-    // six seconds is the least that brokers allow by default.
-    for (key, value) in [("session.timeout.ms", "6000"), ("topic.metadata.refresh.interval.ms", "10000")] {
+    // What is no number is refused by librdkafka, and so is a poll interval below the session's time-out.
+    let session = config.kafka.client.get("session.timeout.ms").and_then(|millis| millis.parse().ok());
+    let poll = POLL_MILLIS.max(session.unwrap_or(SESSION_MILLIS));
+    // These may be configured.
+    let defaults = [
+        ("session.timeout.ms", SESSION_MILLIS),
+        ("max.poll.interval.ms", poll),
+        ("topic.metadata.refresh.interval.ms", 10_000),
+    ];
+    for (key, millis) in defaults {
         if !config.kafka.client.contains_key(key) {
-            client.set(key, value);
+            client.set(key, millis.to_string());
         }
     }
     client
@@ -259,13 +282,33 @@ fn client(config: &Config, until_end: bool) -> ClientConfig {
 /// Notes what the group assigns; the reader assigns it once it knows the places to read from. Nothing has no place, and is
 /// assigned at once.
 #[derive(Default)]
-struct Rebalances {
-    change: Mutex<Option<Vec<i32>>>,
+struct Rebalances(Mutex<Membership>);
+
+#[derive(Default)]
+struct Membership {
+    /// What the reader has not heard of yet.
+    news: Option<Share>,
+    /// Since when the group owes us a decision.
+    waits_since: Option<Instant>,
 }
 
 impl Rebalances {
-    fn note(&self, partitions: Vec<i32>) {
-        *self.change.lock().unwrap_or_else(PoisonError::into_inner) = Some(partitions);
+    fn membership(&self) -> MutexGuard<'_, Membership> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Membership {
+    fn note(&mut self, share: Share) {
+        match share {
+            Share::Revoked => self.waits(),
+            Share::Assigned(_) => self.waits_since = None,
+        }
+        self.news = Some(share);
+    }
+
+    fn waits(&mut self) {
+        self.waits_since.get_or_insert_with(Instant::now);
     }
 }
 
@@ -280,9 +323,10 @@ impl ConsumerContext for Rebalances {
             {
                 warn!(error = %e, "taking no partition from the group");
             }
-            self.note(list.elements().iter().map(|e| e.partition()).collect());
+            let partitions = list.elements().iter().map(|e| e.partition()).collect();
+            self.membership().note(Share::Assigned(partitions));
         } else {
-            self.note(Vec::new());
+            self.membership().note(Share::Revoked);
             if let Err(e) = consumer.unassign() {
                 warn!(error = %e, "giving partitions back to the group");
             }
@@ -306,5 +350,36 @@ impl ClientContext for Rebalances {
 
     fn error(&self, e: KafkaError, reason: &str) {
         debug!(target: "librdkafka", error = %e, reason);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_group_goes_on_after_30_s_without_a_poll_and_not_before_the_session_ends() {
+        let mut config = Config::defaults().unwrap();
+        let set = |config: &Config| {
+            let client = client(config, false);
+            ["session.timeout.ms", "max.poll.interval.ms"].map(|key| client.get(key).unwrap().to_owned())
+        };
+        assert_eq!(set(&config), ["6000", "30000"]);
+        config.kafka.client.insert("session.timeout.ms".into(), "45000".into());
+        assert_eq!(set(&config), ["45000", "45000"]);
+        config.kafka.client.insert("max.poll.interval.ms".into(), "60000".into());
+        assert_eq!(set(&config), ["45000", "60000"]);
+    }
+
+    #[test]
+    fn an_empty_share_is_a_decision_and_a_revoked_one_is_none() {
+        let mut membership = Membership::default();
+        membership.note(Share::Revoked);
+        let since = membership.waits_since;
+        assert!(since.is_some());
+        membership.note(Share::Revoked);
+        assert_eq!(membership.waits_since, since, "it waits since the first of them");
+        membership.note(Share::Assigned(Vec::new()));
+        assert_eq!((membership.waits_since, membership.news), (None, Some(Share::Assigned(Vec::new()))));
     }
 }

@@ -12,9 +12,10 @@ use tokio::task::JoinHandle;
 
 use super::input::Input;
 use crate::error::{Error, Result};
+use crate::kafka::blocking;
 
 /// How often Kafka is asked.
-const EVERY: Duration = Duration::from_secs(5);
+pub const EVERY: Duration = Duration::from_secs(5);
 
 /// What Kafka said.
 pub struct Answer {
@@ -24,7 +25,16 @@ pub struct Answer {
     pub ends: BTreeMap<i32, i64>,
 }
 
-/// At most one question at a time.
+/// Asks about these partitions now.
+///
+/// # Errors
+/// [`Error::Unreachable`].
+pub async fn answer(input: &Arc<Input>, partitions: Vec<i32>) -> Result<Answer> {
+    let input = Arc::downgrade(input);
+    blocking(move || ask(&input, &partitions)).await
+}
+
+/// Asks from time to time, while the loop goes on; at most one question at a time.
 pub struct Inquiry {
     input: Arc<Input>,
     due: Instant,

@@ -4,6 +4,7 @@
 //! brought; under load it is what came in while the batch before was applied.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,12 +12,13 @@ use futures_util::future::try_join_all;
 use tokio::runtime::Handle;
 use tracing::{error, info, warn};
 
-use super::batch::{Batch, FUTURE_SECONDS, WINDOW_SECONDS};
+use super::batch::{FUTURE_SECONDS, WINDOW_SECONDS};
 use super::board;
-use super::event;
-use super::input::{Input, Place, Polled, Record};
-use super::inquiry::{Answer, Inquiry};
+use super::input::{Input, Polled, Share};
+use super::inquiry::{self, Answer, Inquiry};
 use super::latency::Latency;
+use super::malformed::Malformed;
+use super::part::{Part, lag_gauge};
 use super::redis::{Applied, Call, FROM_ARCHIVE, Store};
 use crate::cli::Consume;
 use crate::error::{Error, Result};
@@ -38,6 +40,8 @@ const PATIENCE: Duration = Duration::from_millis(100);
 const LAST_REPORT: Duration = Duration::from_secs(2);
 /// How often Redis is asked whether it still stands where we left it, also without traffic.
 const COMPARE_EVERY: Duration = Duration::from_secs(1);
+/// How long the group may take to give this member its share: a member that is held up delays it for as long.
+const GROUP_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Feeds the board and reports on stdout until the shutdown, or until what was readable at the start is applied.
 ///
@@ -74,9 +78,12 @@ pub async fn run(world: &World, args: &Consume) -> Result<()> {
         generation: String::new(),
         given: Vec::new(),
         parts: BTreeMap::new(),
+        shown: Vec::new(),
         others: BTreeMap::new(),
         until: args.until_end.then_some(ends),
+        malformed: Malformed::default(),
         troubled: false,
+        left_out: false,
     };
     let reading = tokio::task::spawn_blocking(move || reader.run());
     tokio::select! {
@@ -100,26 +107,25 @@ struct Reader {
     given: Vec<i32>,
     /// … and those of them that the topic has: these are read.
     parts: BTreeMap<i32, Part>,
+    /// The partitions of the last share: their lag is shown until the next share leaves them to others.
+    shown: Vec<i32>,
     /// Stored offsets of all partitions, as of the last comparison.
     others: BTreeMap<i32, i64>,
     /// Where to stop, by partition.
     until: Option<BTreeMap<i32, i64>>,
     /// Asks Kafka for the lag.
     inquiry: Inquiry,
+    malformed: Malformed,
     /// Kafka has not answered since the client reported trouble.
     troubled: bool,
-}
-
-/// A partition that is read: Redis stands at `stored`; `batch` leads from there to `next`.
-struct Part {
-    stored: Option<i64>,
-    next: i64,
-    batch: Batch,
+    /// The group has given us nothing for longer than it may take.
+    left_out: bool,
 }
 
 impl Reader {
     fn run(mut self) -> Result<()> {
         let outcome = self.follow();
+        self.malformed.close();
         // What is not applied is read again by the next one.
         self.world.ended(outcome)
     }
@@ -128,12 +134,16 @@ impl Reader {
         self.input.subscribe()?;
         let mut compared = Instant::now();
         while !self.world.stop.is_cancelled() {
-            if let Some(partitions) = self.input.reassigned() {
-                self.given = partitions;
+            if let Some(share) = self.input.reassigned() {
+                self.take_share(share);
                 self.find_places()?;
             }
             let found = self.gather()?;
+            let events = self.parts.values().map(|part| part.batch.events()).sum();
             let in_step = self.apply()? == Applied::Yes;
+            if in_step {
+                self.malformed.applied(events, &self.world.health);
+            }
             if found == Found::Lost || !in_step {
                 self.find_places()?;
             }
@@ -151,12 +161,20 @@ impl Reader {
         Ok(())
     }
 
+    /// Between two shares nobody feeds the board from a partition: its lag is not 0 before another member has it.
+    fn take_share(&mut self, share: Share) {
+        let Share::Assigned(partitions) = share else { return self.given.clear() };
+        for elsewhere in self.shown.iter().filter(|partition| !partitions.contains(partition)) {
+            lag_gauge(*elsewhere).set(0.0);
+        }
+        self.shown.clone_from(&partitions);
+        self.given = partitions;
+    }
+
     /// Reads our partitions from where Redis stands, or from where the window begins.
     fn find_places(&mut self) -> Result<()> {
         // Anything gathered but not applied is dropped here and read again.
-        for partition in std::mem::take(&mut self.parts).into_keys() {
-            lag_gauge(partition).set(0.0);
-        }
+        self.parts.clear();
         metrics::gauge!("falaj_consume_redis_partitions").set(self.given.len() as f64);
         if self.given.is_empty() {
             return Ok(());
@@ -182,8 +200,7 @@ impl Reader {
         self.generation = claim.generation;
         for (partition, place) in places {
             let stored = claim.offsets.get(&partition).copied();
-            let next = start(self.input.topic(), partition, stored, place);
-            self.parts.insert(partition, Part { stored, next, batch: Batch::default() });
+            self.parts.insert(partition, Part::at(self.input.topic(), partition, stored, place));
         }
         self.others = claim.offsets;
         self.input.assign(self.parts.iter().map(|(p, part)| (*p, part.next)))
@@ -196,8 +213,12 @@ impl Reader {
         for gathered in 0..MAX_EVENTS {
             match self.input.poll(wait) {
                 Polled::Record(record) => {
-                    if let Some(part) = self.parts.get_mut(&record.partition()) {
-                        part.take(&record, self.input.topic(), &self.latency);
+                    if let Some(part) = self.parts.get_mut(&record.partition())
+                        && let Err(why) = part.take(&record)
+                    {
+                        self.latency.malformed();
+                        metrics::counter!("falaj_consume_redis_malformed_total").increment(1);
+                        self.malformed.note(self.input.topic(), record.partition(), record.offset(), &why);
                     }
                 }
                 Polled::CaughtUp(partition) => self.caught_up(partition),
@@ -301,18 +322,53 @@ impl Reader {
             }
             Err(e) => return Err(e),
         };
-        self.world.health.ok("kafka_board");
+        self.look_at_group();
         if std::mem::take(&mut self.troubled) {
             info!("Kafka answers again");
         }
-        for (partition, end) in answer.ends {
-            // Another member may have it by now.
-            if let Some(part) = self.parts.get(&partition) {
-                lag_gauge(partition).set((end - part.next).max(0) as f64);
-            }
-        }
+        self.show_lag(&answer.ends);
         let same = answer.topic_id == self.topic_id && self.parts.len() == self.given.len();
         if self.given.is_empty() || same { Ok(()) } else { self.find_places() }
+    }
+
+    /// Kafka answers; whether this member may read is its group's business.
+    fn look_at_group(&mut self) {
+        let Some(waited) = self.input.waited().filter(|waited| *waited > GROUP_PATIENCE) else {
+            self.world.health.ok("kafka_board");
+            if std::mem::take(&mut self.left_out) {
+                info!("the group has given this process its share");
+            }
+            return;
+        };
+        let group = format!("{}.redis", self.world.config.pipeline);
+        let why = format!(
+            "the group {group} has given this process nothing yet, for {} s: its coordinator is away, or it waits for \
+             another member that does not answer (kafka-consumer-groups.sh --describe --members --group {group})",
+            waited.as_secs()
+        );
+        if !std::mem::replace(&mut self.left_out, true) {
+            warn!("{why}");
+        }
+        self.world.health.failing("kafka_board", why);
+    }
+
+    fn show_lag(&self, ends: &BTreeMap<i32, i64>) {
+        for (partition, end) in ends {
+            // Another member may have it by now.
+            if let Some(part) = self.parts.get(partition) {
+                lag_gauge(*partition).set(part.lag(*end) as f64);
+            }
+        }
+    }
+
+    /// Shows the lag while Redis is waited for, and with it the loop.
+    async fn go_on_showing_lag(&self) -> Infallible {
+        loop {
+            tokio::time::sleep(inquiry::EVERY).await;
+            if let Ok(answer) = inquiry::answer(&self.input, self.parts.keys().copied().collect()).await {
+                self.show_lag(&answer.ends);
+            }
+        }
     }
 
     fn at_end(&self) -> bool {
@@ -325,73 +381,18 @@ impl Reader {
     }
 
     fn redis<'a, T, F: Future<Output = Result<T>>>(&'a self, mut op: impl FnMut(&'a Store) -> F) -> Result<T> {
-        self.runtime.block_on(self.world.for_ever("redis", || op(&self.store)))
+        self.runtime.block_on(async {
+            tokio::select! {
+                biased;
+                answer = self.world.for_ever("redis", || op(&self.store)) => answer,
+                never = self.go_on_showing_lag() => match never {},
+            }
+        })
     }
-}
-
-fn lag_gauge(partition: i32) -> metrics::Gauge {
-    metrics::gauge!("falaj_consume_redis_lag_records", "partition" => partition.to_string())
 }
 
 #[derive(PartialEq, Eq)]
 enum Found {
     InOrder,
     Lost,
-}
-
-impl Part {
-    fn call<'a>(&'a self, partition: i32, generation: &'a str) -> Call<'a> {
-        Call { generation, partition, from: self.stored, next: self.next, batch: &self.batch }
-    }
-
-    fn take(&mut self, record: &Record<'_>, topic: &str, latency: &Latency) {
-        if record.offset() < self.next {
-            return;
-        }
-        self.next = record.offset() + 1;
-        if record.is_tombstone() {
-            return;
-        }
-        match event::parse(record.value()) {
-            Ok(Some(event)) => self.batch.add(&event),
-            Ok(None) => {}
-            // One foreign record must not hold the board up; it is named, counted and passed.
-            Err(why) => {
-                error!(topic, partition = record.partition(), offset = record.offset(), why, "no engagement event");
-                latency.malformed();
-                metrics::counter!("falaj_consume_redis_malformed_total").increment(1);
-            }
-        }
-    }
-}
-
-/// The offset to read from: where Redis stands, but nothing that is too old to count into the window.
-fn start(topic: &str, partition: i32, stored: Option<i64>, place: Place) -> i64 {
-    match stored {
-        None => info!(topic, partition, from = place.needed, "building the board from the window's events"),
-        Some(stored) if stored < place.first && place.needed == place.first => warn!(
-            topic,
-            partition,
-            stored,
-            first = place.first,
-            "Kafka's retention has removed records of the window before they were counted: the board lacks them until \
-             they have left the window; raise retention.ms of the topic"
-        ),
-        Some(_) => {}
-    }
-    stored.map_or(place.needed, |stored| stored.max(place.needed))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn reading_starts_where_redis_stands_but_never_before_what_the_window_needs() {
-        let place = Place { first: 10, end: 100, needed: 40 };
-        assert_eq!(start("t", 0, None, place), 40);
-        assert_eq!(start("t", 0, Some(70), place), 70);
-        assert_eq!(start("t", 0, Some(20), place), 40);
-        assert_eq!(start("t", 0, Some(5), Place { needed: 10, ..place }), 10);
-    }
 }

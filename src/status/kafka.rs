@@ -46,15 +46,34 @@ pub struct ReaderAt {
 
 /// What feeds the board: the offsets lie in Redis, beside the counts.
 pub(super) async fn board(config: &Arc<Config>) -> Result<Reader> {
-    let Claim { offsets, replaced, .. } = Store::new(config)?.look().await?;
-    if replaced.as_deref() == Some(FROM_ARCHIVE) {
+    let Claim { offsets, replaced: source, .. } = Store::new(config)?.look().await?;
+    if source.as_deref() == Some(FROM_ARCHIVE) {
         return Err(Error::Fatal(
             "falaj replay has rebuilt it from the archive; falaj consume goes on from Kafka".into(),
         ));
     }
     // Asked for later, so that no reader is ahead of the end.
-    let ends = ask(config, |consumer, topic| ends(&consumer, topic, &partitions(&consumer, topic)?)).await?;
-    Ok(reader(config, &offsets, ends))
+    let (topic_id, ends) = ask(config, |consumer, topic| {
+        let ends = ends(&consumer, topic, &partitions(&consumer, topic)?)?;
+        Ok((kafka::topic_id(consumer.client(), topic, TIMEOUT)?, ends))
+    })
+    .await?;
+    if source.is_some_and(|source| source != topic_id) {
+        return Err(Error::Fatal("the board is of another topic: consume rebuilds it".into()));
+    }
+    match beyond(&offsets, &ends) {
+        Some(why) => Err(Error::Fatal(why)),
+        None => Ok(reader(config, &offsets, ends)),
+    }
+}
+
+/// Why no lag can be told: the board has counted what the topic does not have (any more).
+fn beyond(offsets: &BTreeMap<i32, i64>, ends: &Ends) -> Option<String> {
+    let (partition, offset, end) = offsets.iter().find_map(|(partition, offset)| {
+        let (_, end) = ends.get(partition)?;
+        (offset > end).then_some((partition, offset, end))
+    })?;
+    Some(format!("partition {partition}: counted to offset {offset}, the topic ends at {end}: consume rebuilds it"))
 }
 
 /// What feeds the outside system: the offsets are those of a consumer group.
@@ -147,5 +166,15 @@ mod tests {
         let at = |partition, offset, end, lag_records| ReaderAt { partition, offset, end, lag_records };
         assert_eq!(found.partitions, [at(0, Some(7), 9, 2), at(1, None, 13, 10)]);
         assert_eq!((found.lag_records, found.topic.as_str()), (12, "falaj.engagement_events"));
+    }
+
+    #[test]
+    fn a_board_beyond_the_end_of_its_topic_is_not_up_to_date() {
+        let ends = BTreeMap::from([(0, (5, 9)), (1, (3, 13))]);
+        assert_eq!(beyond(&BTreeMap::from([(0, 9), (1, 4), (2, 7)]), &ends), None);
+        assert_eq!(
+            beyond(&BTreeMap::from([(0, 9), (1, 14)]), &ends).as_deref(),
+            Some("partition 1: counted to offset 14, the topic ends at 13: consume rebuilds it")
+        );
     }
 }

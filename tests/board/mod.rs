@@ -1,8 +1,10 @@
 //! The board against real Kafka and Redis: what `board --json` prints equals a count made here from the events.
 
 mod model;
+mod operator;
 mod pitfalls;
 mod promises;
+mod servers;
 
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -88,6 +90,15 @@ impl Rig {
         self.written.extend_from_slice(events);
     }
 
+    /// One committed Kafka transaction of values as they stand, which are nobody's events.
+    fn write_values(&mut self, values: &[&str]) {
+        self.producer().begin_transaction().unwrap();
+        for value in values {
+            self.send("k", value, model::now() / 1000);
+        }
+        self.producer().commit_transaction(DEADLINE).unwrap();
+    }
+
     /// One Kafka transaction that nobody may see.
     fn abort(&mut self, events: &[Ev]) {
         self.transaction(events);
@@ -147,6 +158,13 @@ impl Rig {
     fn board_is_right(&self) -> bool {
         let board = self.board();
         board == expected(&self.written, &board)
+    }
+
+    /// What `falaj status --json` prints.
+    fn status(&self) -> Value {
+        let out = self.command(&["status", "--json"]).output().unwrap();
+        assert_eq!(out.status.code(), Some(0), "{}", stderr(&out));
+        serde_json::from_slice(&out.stdout).unwrap()
     }
 
     /// How many records of all partitions Redis stands behind.

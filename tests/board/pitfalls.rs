@@ -133,13 +133,35 @@ fn history_is_not_replayed_into_the_live_board() {
 #[test]
 fn one_foreign_record_is_named_and_does_not_stop_the_board() {
     let mut rig = Rig::new("foreign");
-    rig.producer().begin_transaction().unwrap();
-    rig.send("k", "not json", now() / 1000);
-    rig.producer().commit_transaction(DEADLINE).unwrap();
+    rig.write_values(&["not json"]);
     rig.write(&[Ev::now(1)]);
     let out = rig.command(&["consume", "--sinks", "redis", "--until-end"]).output().unwrap();
     assert_eq!(out.status.code(), Some(0));
     let log = stderr(&out);
     assert_eq!(log.lines().filter(|l| l.contains("no engagement event") && l.contains("offset")).count(), 1, "{log}");
     rig.assert_board();
+}
+
+#[test]
+fn columns_that_are_gone_count_as_null() {
+    let mut rig = Rig::new("columns");
+    let events = [
+        (Ev { device: None, ..Ev::now(1) }, vec!["device"]),
+        (Ev { title: None, content: Some("b".into()), ..Ev::now(2) }, vec!["title", "length_seconds"]),
+        (Ev { user: None, millis: None, ..Ev::now(3) }, vec!["user_id", "engagement_seconds"]),
+        (Ev { content: None, ..Ev::now(4) }, vec!["content_id", "event_type", "duration_ms"]),
+    ];
+    let values: Vec<String> = events.iter().map(|(event, columns)| without(event, columns)).collect();
+    rig.write_values(&values.iter().map(String::as_str).collect::<Vec<_>>());
+    rig.written.extend(events.map(|(event, _)| event));
+    rig.consume_until_end();
+    rig.assert_board();
+    assert_eq!(rig.board()["devices"].as_array().unwrap().len(), 2);
+}
+
+/// The event of a table, or of a lookup, that does not have these columns.
+fn without(event: &Ev, columns: &[&str]) -> String {
+    let mut fields: serde_json::Map<String, Value> = serde_json::from_str(&event.json()).unwrap();
+    columns.iter().for_each(|column| assert!(fields.remove(*column).is_some(), "{column}"));
+    Value::Object(fields).to_string()
 }

@@ -11,6 +11,7 @@ use falaj::mock_external::{Mock, serve};
 use tokio_util::sync::CancellationToken;
 
 use super::model::Load;
+use super::servers::OwnRedis;
 use super::*;
 
 #[test]
@@ -162,10 +163,14 @@ fn a_topic_made_anew_begins_a_new_board() {
     rig.write(&load.events(500));
     rig.consume_until_end();
     rig.assert_board();
+    eventually("status says that nothing is left", || rig.status()["board"]["lag_records"] == 0);
     rig.make_topic_anew(3);
     rig.write(&load.events(700));
+    let another = "the board is of another topic: consume rebuilds it";
+    eventually("status says that the board is another topic's", || rig.status()["board"]["error"] == another);
     rig.consume_until_end();
     rig.assert_board();
+    eventually("status says that nothing is left", || rig.status()["board"]["lag_records"] == 0);
 }
 
 #[test]
@@ -178,47 +183,6 @@ fn a_topic_made_anew_with_fewer_partitions_is_read_without_a_restart() {
     rig.write(&load.events(700));
     eventually("the board is that of the new topic", || rig.board_is_right());
     assert_eq!(running.terminate(), Some(0));
-}
-
-/// A Redis of the test's own, to be filled, stopped and misconfigured.
-struct OwnRedis {
-    running: Running,
-    port: u16,
-    dir: tempfile::TempDir,
-}
-
-impl OwnRedis {
-    fn start(options: &[&str]) -> Self {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let dir = tempfile::tempdir().unwrap();
-        Self { running: Self::spawn(port, &dir, options), port, dir }
-    }
-
-    fn spawn(port: u16, dir: &tempfile::TempDir, options: &[&str]) -> Running {
-        let mut server = Command::new("redis-server");
-        server.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"]);
-        server.args(["--appendfsync", "always", "--dir"]).arg(dir.path()).args(options).stdout(Stdio::null());
-        let running = Running(server.spawn().expect("redis-server is needed: apt-get install redis-server"));
-        eventually("redis-server answers", || {
-            redis::Client::open(("127.0.0.1", port)).unwrap().get_connection().is_ok()
-        });
-        running
-    }
-
-    fn restart(self) -> Self {
-        let Self { running, port, dir } = self;
-        running.kill();
-        Self { running: Self::spawn(port, &dir, &[]), port, dir }
-    }
-
-    fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}/0", self.port)
-    }
-
-    fn config_set(&self, key: &str, value: &str) {
-        let mut redis = redis::Client::open(self.url()).unwrap().get_connection().unwrap();
-        redis::cmd("CONFIG").arg("SET").arg(key).arg(value).exec(&mut redis).unwrap();
-    }
 }
 
 #[test]
@@ -307,6 +271,19 @@ fn without_sinks_both_outlets_are_fed() {
     let sent = rig.written.iter().filter(|e| e.op != "r").count() as u64;
     let counts = mock.received().counts();
     assert_eq!((counts.unique, counts.requests), (sent, sent));
+}
+
+#[test]
+fn an_outlet_with_an_empty_address_is_left_out_and_one_at_least_is_needed() {
+    let (mut rig, mut load) = (Rig::new("no_external"), Load::new(12));
+    rig.env.push(("FALAJ_EXTERNAL__URL".into(), String::new()));
+    rig.write(&load.events(100));
+    let out = rig.command(&["consume", "--until-end"]).output().unwrap();
+    assert_eq!(out.status.code(), Some(0), "{}", stderr(&out));
+    rig.assert_board();
+    let out = rig.command(&["consume", "--until-end"]).env("FALAJ_REDIS__URL", "").output().unwrap();
+    assert_eq!(out.status.code(), Some(78), "{}", stderr(&out));
+    assert!(stderr(&out).contains("consume_outlets"), "{}", stderr(&out));
 }
 
 #[test]
