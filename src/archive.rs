@@ -56,11 +56,8 @@ pub const META_ORIGIN: &str = "falaj.origin";
 /// Footer key: [`VERSION`].
 pub const META_VERSION: &str = "falaj.version";
 
-/// What may stand bare in a file or topic name; everything else is percent-encoded.
+/// What may stand bare in a file name; everything else is percent-encoded.
 const NAME: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_').remove(b'-').remove(b'.');
-
-/// What may stand bare in a table's part of a topic name.
-const TOPIC: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_').remove(b'.');
 
 /// A table name as a file-name stem: bytes outside `A–Z a–z 0–9 _ - .` as `%XX`.
 ///
@@ -148,9 +145,26 @@ impl Batch {
     }
 }
 
-/// A table name as part of a topic: Kafka allows `A–Z a–z 0–9 . _ -` alone, so every other byte, and `-` itself, is `-XX`.
+/// A table name as part of a topic: Kafka allows `A–Z a–z 0–9 . _ -` alone, so every other byte is `-XX`. So is a `-` that two
+/// such digits follow, and no other: two tables never share a topic.
 pub fn encode_topic(table: &str) -> String {
-    utf8_percent_encode(table, TOPIC).to_string().replace('%', "-")
+    let mut topic = String::with_capacity(table.len());
+    let mut rest = table.as_bytes();
+    while let [byte, after @ ..] = rest {
+        match byte {
+            b'-' if !begins_with_hex(after) => topic.push('-'),
+            b'_' | b'.' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' => topic.push(char::from(*byte)),
+            _ => topic.push_str(&format!("-{byte:02X}")),
+        }
+        rest = after;
+    }
+    topic
+}
+
+/// Whether two digits stand there as [`encode_topic`] writes them.
+fn begins_with_hex(text: &[u8]) -> bool {
+    let is_digit = |byte: &u8| matches!(byte, b'0'..=b'9' | b'A'..=b'F');
+    matches!(text, [high, low, ..] if is_digit(high) && is_digit(low))
 }
 
 /// File name of a table's rows: `<table>.parquet`, then `<table>.1.parquet`, …
@@ -268,9 +282,51 @@ mod tests {
             assert!(!file.contains('/') && !file.starts_with('.'), "{file}");
             assert_eq!(parse_file_name(&file), Some((name.to_owned(), 0)));
         }
-        assert_eq!(encode_topic("a/b-c"), "a-2Fb-2Dc");
         assert_eq!(parse_file_name("content.12.parquet"), Some(("content".into(), 12)));
         assert_eq!(parse_file_name("content.loaded"), None);
+    }
+
+    /// Undoes [`encode_topic`].
+    fn decode_topic(topic: &str) -> String {
+        let (mut table, mut rest) = (Vec::new(), topic.as_bytes());
+        while let [byte, after @ ..] = rest {
+            rest = after;
+            if *byte == b'-' && begins_with_hex(after) {
+                let (digits, behind) = after.split_at(2);
+                table.push(u8::from_str_radix(std::str::from_utf8(digits).unwrap(), 16).unwrap());
+                rest = behind;
+            } else {
+                table.push(*byte);
+            }
+        }
+        String::from_utf8(table).unwrap()
+    }
+
+    #[test]
+    fn a_topic_says_which_table_it_is_of() {
+        let parts = ["-", "--", "-2D", "-2d", "2D", "D", "F", "f", "4", "/", "é", "🎧", ".", "_", " ", "%41", "a"];
+        for first in parts {
+            for second in parts {
+                for third in parts {
+                    let table = format!("{first}{second}{third}");
+                    let topic = encode_topic(&table);
+                    assert!(topic.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)), "{topic}");
+                    assert_eq!(decode_topic(&topic), table, "{topic}");
+                }
+            }
+        }
+        let pairs = [
+            ("my-table", "my-table"),
+            ("a/b-c", "a-2Fb-c"),
+            ("-2D", "-2D2D"),
+            ("-2d", "-2d"),
+            ("--2D", "--2D2D"),
+            ("2024-10", "2024-2D10"),
+            ("-", "-"),
+            ("-A", "-A"),
+            ("-é", "--C3-A9"),
+        ];
+        assert_eq!(pairs.map(|(table, _)| encode_topic(table)), pairs.map(|(_, topic)| topic.to_owned()));
     }
 
     #[test]

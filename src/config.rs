@@ -11,6 +11,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
+use crate::kafka;
 use layers::{mistyped, overlay, overlay_env, parse_toml};
 pub use units::{ByteSize, Span};
 
@@ -179,6 +180,8 @@ pub struct External {
     pub in_flight: usize,
     /// How long one request may take.
     pub timeout: Span,
+    /// How long, at least, an event is sent again that is answered by success and a body that says "error". Five times in any case.
+    pub error_patience: Span,
 }
 
 /// `[bigquery]`
@@ -367,6 +370,8 @@ impl Config {
         if let Some(h) = self.kafka.headers.as_deref().filter(|h| *h != "cloudevents") {
             return Err(refused(format!("kafka.headers = {h:?}"), "\"cloudevents\", or no such key", "remove the key"));
         }
+        // Names and values alone: no file is opened, no broker is asked.
+        kafka::consumer(&self.kafka, false).create_native_config().map_err(|e| kafka::error(&self.kafka, &e))?;
         if self.external.in_flight == 0 {
             return Err(refused("external.in_flight = 0", "1 or more", "raise it"));
         }
@@ -415,6 +420,7 @@ mod tests {
         assert_eq!(c.archive.seal_bytes, ByteSize(64 << 20));
         assert_eq!(c.tables[0].derive[1].divide[1], Operand::Column("length_seconds".into()));
         assert_eq!(c.bigquery.project, None);
+        assert_eq!(c.external.error_patience.to_string(), "60s");
     }
 
     #[test]
@@ -463,6 +469,26 @@ mod tests {
             std::fs::write(&file, text).unwrap();
             let got = Config::load(Some(&file), env(&[])).unwrap_err().to_string();
             assert!(got.contains(key), "{got}");
+        }
+    }
+
+    #[test]
+    fn a_key_or_value_that_kafkas_client_does_not_know_is_refused_without_the_value() {
+        let load = |name: &str, value: &str| Config::load(None, env(&[(name, value)]));
+        for (name, key) in [("FALAJ_KAFKA__SASL_PASWORD", "sasl.pasword"), ("FALAJ_KAFKA__ACKS", "acks")] {
+            let got = load(name, "s3cret").unwrap_err();
+            assert_eq!(got.exit_code(), 78, "{got}");
+            assert!(got.to_string().contains(key) && !got.to_string().contains("s3cret"), "{got}");
+        }
+        // Keys of producers, consumers and topics; none of these files is there.
+        for (name, value) in [
+            ("FALAJ_KAFKA__SESSION_TIMEOUT_MS", "60000"),
+            ("FALAJ_KAFKA__TRANSACTION_TIMEOUT_MS", "3000"),
+            ("FALAJ_KAFKA__QUEUE_BUFFERING_MAX_MS", "5"),
+            ("FALAJ_KAFKA__CLIENT_RACK", "a"),
+            ("FALAJ_KAFKA__SSL_CA_LOCATION", "/nowhere/ca.pem"),
+        ] {
+            load(name, value).unwrap_or_else(|e| panic!("{name}: {e}"));
         }
     }
 

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use tracing::info;
 
 use crate::cli;
-use crate::config::{Envelope, SinkName};
+use crate::config::{Config, Envelope, SinkName};
 use crate::error::{Error, Result};
 use crate::lsn::{Lsn, Position, SlotIdentity};
 use crate::sink;
@@ -39,8 +39,12 @@ use table::{Form, Table};
 use warehouse::Warehouse;
 
 const APPLICATION: &str = "falaj verify";
-/// How long a sink may take to reach the LSN that was asked for.
+/// How long a sink may take to reach the LSN that was asked for, at least.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a batch of the archive may take to be sealed, once it has come of age.
+const SEALING: Duration = Duration::from_secs(15);
+/// Nobody waits longer than this for one that is sealed by the hour.
+const LONGEST: Duration = Duration::from_secs(120);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Runs the verb.
@@ -180,7 +184,7 @@ async fn position(
     identity: &SlotIdentity,
     until: Option<Lsn>,
 ) -> Result<Lsn> {
-    let began = Instant::now();
+    let (began, patience) = (Instant::now(), patience(name, &world.config));
     loop {
         let stored = match name {
             SinkName::Kafka => {
@@ -194,16 +198,24 @@ async fn position(
         match until {
             None => return Ok(at),
             Some(until) if at >= until => return Ok(until),
-            Some(until) if began.elapsed() > PATIENCE => {
+            Some(until) if began.elapsed() > patience => {
                 return Err(Error::refused(
                     "verify_position",
-                    format!("{word} stands at {at}, and has not come further within {} s", PATIENCE.as_secs()),
+                    format!("{word} stands at {at}, and has not come further within {} s", patience.as_secs()),
                     format!("{word} at {until} or beyond"),
                     format!("falaj produce --until-lsn {until}, or falaj verify --until-lsn {at}"),
                 ));
             }
             Some(_) => world.pause(LOOK_EVERY).await?,
         }
+    }
+}
+
+/// How long a sink may take. Beside a `produce` that runs, the archive's position moves when a batch is sealed.
+fn patience(name: SinkName, config: &Config) -> Duration {
+    match name {
+        SinkName::Kafka => PATIENCE,
+        SinkName::Archive => PATIENCE.max(config.archive.seal_after.0 + SEALING).min(LONGEST),
     }
 }
 
@@ -260,4 +272,19 @@ const END: Position = Position { commit_lsn: Lsn(u64::MAX), ordinal: u64::MAX };
 /// The first position that `upload` has not loaded, by its own record: rows that were removed at the end of a table are missed.
 fn recorded(record: &Record) -> Option<Position> {
     record.loaded.map(|last| Position { ordinal: last.ordinal + 1, ..last })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_archive_is_waited_for_until_its_batch_is_sealed() {
+        let seconds = |seal_after: &str| {
+            let env = [("FALAJ_ARCHIVE__SEAL_AFTER".to_owned(), seal_after.to_owned())];
+            let config = Config::load(None, env).unwrap();
+            [SinkName::Kafka, SinkName::Archive].map(|name| patience(name, &config).as_secs())
+        };
+        assert_eq!([seconds("60s"), seconds("1s"), seconds("1h")], [[30, 75], [30, 30], [30, 120]]);
+    }
 }

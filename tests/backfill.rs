@@ -551,6 +551,22 @@ async fn columns_that_a_key_only_includes_are_no_part_of_it() {
     assert!(verified.contains("item: equal"), "{verified}");
 }
 
+/// Postgres identifies no row by it, and does not tell of it in the stream.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deferrable_key_is_none_in_a_copy_as_in_the_stream() {
+    let p = with_items("bdefer", 3, "id bigint PRIMARY KEY DEFERRABLE, v int NOT NULL, body text").await;
+    p.init().await;
+    p.start(&["backfill", "item"]).ends_well().await;
+    p.run("INSERT INTO item (id, v) VALUES (11, 1), (12, 2)").await;
+    p.produce().await;
+    let records = p.records("item").await;
+    let ops: Vec<_> = ["r", "c"].iter().map(|op| of_op(&p.rows("item"), op).len()).collect();
+    assert_eq!((records.len(), &ops[..]), (5, &[3, 2][..]));
+    for record in records {
+        assert_eq!(record.key.as_deref(), Some(id(&record.value)), "{}", record.value);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copied_row_is_enriched_as_of_its_snapshot() {
     let p = Pipeline::new("bmoment").await;

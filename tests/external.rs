@@ -77,7 +77,8 @@ async fn retry_after_holds_back_its_own_key_only() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_200_with_an_error_body_is_tried_again_then_a_dead_letter() {
-    let stage = Stage::new("errors", 1, Faults::default()).await;
+    let mut stage = Stage::new("errors", 1, Faults::default()).await;
+    stage.set("FALAJ_EXTERNAL__ERROR_PATIENCE", "0s");
     stage.peer.mock.faults().script(id(0), vec![Fault::error_body(); 4]);
     stage.peer.mock.faults().script(id(1), vec![Fault::error_body(); 5]);
     stage.send_events(0..3, 3, 1).await;
@@ -88,6 +89,24 @@ async fn a_200_with_an_error_body_is_tried_again_then_a_dead_letter() {
     let letters = stage.dead_letters().await;
     let reason = r#"HTTP 200: {"status":"error","message":"simulated"} (5 times)"#;
     assert_eq!((letters.len(), &letters[0].1["_id"], &letters[0].1["reason"]), (1, &json!(id(1)), &json!(reason)));
+}
+
+/// A peer that is in trouble may say so in this way.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_body_makes_no_dead_letter_before_the_patience_is_over() {
+    let mut stage = Stage::new("patience", 1, Faults::default()).await;
+    stage.set("FALAJ_EXTERNAL__ERROR_PATIENCE", "5s");
+    // Six tries are over in less than two seconds.
+    stage.peer.mock.faults().script(id(0), vec![Fault::error_body(); 6]);
+    stage.peer.mock.faults().script(id(1), vec![Fault::error_body(); 10_000]);
+    stage.send_events(0..6, 3, 1).await;
+    let began = Instant::now();
+    stage.consume(&["--until-end"]).ends_well().await;
+    assert!(began.elapsed() >= Duration::from_secs(5));
+    let stored: BTreeSet<String> = stage.peer.mock.received().ids().into_iter().collect();
+    assert_eq!(stored, BTreeSet::from([0, 2, 3, 4, 5].map(id)));
+    let letters = stage.dead_letters().await;
+    assert_eq!((letters.len(), &letters[0].1["_id"]), (1, &json!(id(1))));
 }
 
 #[tokio::test(flavor = "multi_thread")]

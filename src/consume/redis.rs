@@ -1,6 +1,7 @@
 //! The board's Redis: connection, requirements, and the scripts. Nothing outside this file knows the client.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use redis::aio::MultiplexedConnection;
@@ -8,6 +9,7 @@ use redis::{AsyncConnectionConfig, Client, Cmd, FromRedisValue, RedisError, Scri
 use tokio::sync::Mutex;
 
 use super::batch::Batch;
+use super::external::peer::tls_error;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
@@ -28,6 +30,8 @@ pub struct Store {
     name: String,
     key: String,
     connection: Mutex<Option<MultiplexedConnection>>,
+    /// Whether there has been any connection so far.
+    met: AtomicBool,
     apply: Script,
     claim: Script,
     read: Script,
@@ -134,6 +138,7 @@ impl Store {
             name,
             key: format!("{{falaj:{}}}", config.pipeline),
             connection: Mutex::new(None),
+            met: AtomicBool::new(false),
             apply: Script::new(include_str!("apply.lua")),
             claim: Script::new(include_str!("claim.lua")),
             read: Script::new(include_str!("board.lua")),
@@ -301,14 +306,30 @@ impl Store {
         let limits = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(CONNECT_TIMEOUT))
             .set_response_timeout(Some(ANSWER_TIMEOUT));
+        let connecting = self.client.get_multiplexed_async_connection_with_config(&limits).await;
+        let mut connection = connecting.map_err(|e| self.not_connected(&e))?;
+        self.met.store(true, Ordering::Relaxed);
         let failed = |e: RedisError| self.error(&e);
-        let mut connection = self.client.get_multiplexed_async_connection_with_config(&limits).await.map_err(failed)?;
         let info: String = redis::cmd("INFO").query_async(&mut connection).await.map_err(failed)?;
         self.requirements(&info)?;
         for script in [&self.apply, &self.claim, &self.read, &self.bucket] {
             script.load_async(&mut connection).await.map_err(failed)?;
         }
         Ok(held.insert(connection).clone())
+    }
+
+    /// A certificate that does not pass says that address or authority are wrong, unless there has been a connection before:
+    /// then it is an outage, which may pass.
+    fn not_connected(&self, e: &RedisError) -> Error {
+        match tls_error(e) {
+            Some(why) if !self.met.load(Ordering::Relaxed) => Error::refused(
+                "redis_tls",
+                format!("{}: {why}", self.name),
+                "a TLS server whose certificate a public authority has signed for that name",
+                "mend redis.url (redis:// is without TLS), or give Redis such a certificate",
+            ),
+            _ => self.error(e),
+        }
     }
 
     fn error(&self, e: &RedisError) -> Error {
@@ -348,6 +369,8 @@ fn field<'a>(info: &'a str, name: &str) -> &'a str {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     #[test]
@@ -367,5 +390,19 @@ mod tests {
         assert_eq!(told("7.0.15", "noeviction", now + 90_000_000), "redis_clock");
         assert_eq!(told("7.0.15", "allkeys-lru", now), "redis_eviction");
         assert_eq!(told("6.2.1", "noeviction", now), "redis_version");
+    }
+
+    #[test]
+    fn a_certificate_that_does_not_pass_is_refused_until_there_has_been_a_connection() {
+        let store = Store::new(&Config::defaults().unwrap()).unwrap();
+        // As tokio-rustls gives it.
+        let failed = |why: rustls::Error| RedisError::from(io::Error::new(io::ErrorKind::InvalidData, why));
+        let unknown = failed(rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer));
+        let away = RedisError::from(io::Error::from(io::ErrorKind::ConnectionRefused));
+        let code = |e: &RedisError| store.not_connected(e).exit_code();
+        assert_eq!((code(&unknown), code(&away)), (78, 69));
+        assert!(store.not_connected(&unknown).to_string().contains("UnknownIssuer"));
+        store.met.store(true, Ordering::Relaxed);
+        assert_eq!(code(&unknown), 69);
     }
 }

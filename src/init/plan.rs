@@ -38,11 +38,11 @@ const APPLICATION: &str = "falaj init";
 const SPEED: Speed = Speed { jobs: backfill::JOBS, rate: None };
 
 /// The checkpoint topic holds one live record: compaction soon after a segment is full keeps reading it short.
-const CHECKPOINT: &[(&str, &str)] =
+pub(super) const CHECKPOINT: &[(&str, &str)] =
     &[("cleanup.policy", "compact"), ("segment.bytes", "1048576"), ("min.cleanable.dirty.ratio", "0.01")];
 
 /// Nobody else keeps what the outside system has refused: it stays until somebody has looked.
-const DEAD_LETTERS: &[(&str, &str)] = &[("retention.ms", "-1")];
+pub(super) const DEAD_LETTERS: &[(&str, &str)] = &[("retention.ms", "-1")];
 
 /// The steps that are missing, and a word on what is there.
 pub(super) struct Plan {
@@ -52,6 +52,8 @@ pub(super) struct Plan {
     role: Role,
     present: Vec<String>,
     steps: Vec<Step>,
+    /// What the steps will do beyond what they say.
+    notes: Vec<String>,
 }
 
 impl Plan {
@@ -67,7 +69,8 @@ impl Plan {
             role::failover(&client, role).await?;
         }
         let identity = require::identity(&conninfo, &config.postgres.slot).await?;
-        let mut plan = Self { conninfo, client, identity, role, present: Vec::new(), steps: Vec::new() };
+        let (present, steps, notes) = Default::default();
+        let mut plan = Self { conninfo, client, identity, role, present, steps, notes };
         let made = if args.with_tables { plan.plan_tables().await? } else { Vec::new() };
         let published = plan.plan_publication(config, &made).await?;
         let sources = config.sources(published.clone())?;
@@ -152,7 +155,12 @@ impl Plan {
         let mut tables = Vec::new();
         for wanted in configured(config) {
             match catalog::table(&self.client, &wanted).await? {
-                Some(table) => tables.push((wanted, table.sql_name())),
+                Some(table) => {
+                    if !table.has_identity() {
+                        self.notes.push(without_identity(&wanted));
+                    }
+                    tables.push((wanted, table.sql_name()));
+                }
                 None if made.contains(&wanted) => tables.push((wanted.clone(), format!("public.{}", ident(&wanted)))),
                 // The built-in block may be meant for none of them.
                 None if require::is_default(&config.tables) => {}
@@ -219,7 +227,11 @@ impl Plan {
         let name = config.postgres.slot.clone();
         let state = config.state.dir.display().to_string();
         writable("state_dir", "state.dir", &config.state.dir)?;
-        let base = state::header(&config.state.dir)?;
+        let base = match state::header(&config.state.dir) {
+            // What nobody can read any more is what an adoption replaces.
+            Err(Error::Refused(_)) if adopt => None,
+            header => header?,
+        };
         require::state_is_ours(&config.state.dir, base.as_ref(), &self.identity)?;
         let Some(found) = slot::read(&self.client, &name).await? else {
             require::free_slot(&self.client, &name).await?;
@@ -257,7 +269,7 @@ impl Plan {
 
     /// A slot without lookup rows: lost ones, or an `init` that was killed before it had them. No sink has anything then.
     async fn no_state(&self, world: &World, slot: &str) -> Error {
-        let lost = require::unknown_state(&world.config.state.dir, slot);
+        let lost = state::unknown(&world.config.state.dir, slot);
         match (self.require_no_position(world, slot).await, lost) {
             (Ok(()), Error::Refused(lost)) => {
                 let anew = format!(
@@ -479,7 +491,8 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.conninfo)?;
         self.present.iter().try_for_each(|p| writeln!(f, "  =  {p}"))?;
-        self.steps.iter().try_for_each(|s| writeln!(f, "  +  {s}"))
+        self.steps.iter().try_for_each(|s| writeln!(f, "  +  {s}"))?;
+        self.notes.iter().try_for_each(|n| writeln!(f, "note: {n}"))
     }
 }
 
@@ -493,6 +506,13 @@ fn configured(config: &Config) -> Vec<String> {
         }
     }
     names
+}
+
+/// Postgres lets such a table be published, and then refuses what its writers do.
+fn without_identity(table: &str) -> String {
+    format!(
+        "UPDATE and DELETE on {table} will fail once it is published: give it a primary key or REPLICA IDENTITY FULL"
+    )
 }
 
 fn wanted(tables: &[String]) -> Vec<Wanted> {

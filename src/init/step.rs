@@ -59,7 +59,7 @@ impl fmt::Display for Step {
             Self::Publication { tables, .. } => write!(f, "{} for {}", self.noun(), list(tables)),
             Self::Topic { partitions, settings, .. } => {
                 write!(f, "{}, {partitions} partition{}", self.noun(), if *partitions == 1 { "" } else { "s" })?;
-                if settings.is_empty() { Ok(()) } else { write!(f, ", compacted") }
+                settings.iter().try_for_each(|setting| f.write_str(told(*setting)))
             }
             Self::Slot { .. } => write!(f, "{}, as of where it begins", self.noun()),
             Self::Snapshot { .. } => write!(f, "{}, as op r", self.noun()),
@@ -72,6 +72,30 @@ impl fmt::Display for Step {
     }
 }
 
+/// What a topic's setting means to who reads the plan; nothing where it only says how that is done.
+fn told(setting: (&str, &str)) -> &'static str {
+    match setting {
+        ("cleanup.policy", "compact") => ", compacted",
+        ("retention.ms", "-1") => ", kept for ever",
+        _ => "",
+    }
+}
+
 pub(super) fn list(names: &[String]) -> String {
     if names.is_empty() { "no table".to_owned() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::init::plan::{CHECKPOINT, DEAD_LETTERS};
+
+    #[test]
+    fn a_topic_is_told_with_what_becomes_of_its_records() {
+        let told =
+            |name: &str, partitions, settings| Step::Topic { name: name.to_owned(), partitions, settings }.to_string();
+        assert_eq!(told("falaj.t", 3, &[]), "topic falaj.t, 3 partitions");
+        assert_eq!(told("falaj.checkpoint", 1, CHECKPOINT), "topic falaj.checkpoint, 1 partition, compacted");
+        assert_eq!(told("falaj.dead_letter", 1, DEAD_LETTERS), "topic falaj.dead_letter, 1 partition, kept for ever");
+    }
 }

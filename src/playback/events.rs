@@ -61,12 +61,11 @@ impl Events {
     /// # Errors
     /// [`Error::Refused`] for a batch that is missing or of another stream; [`Error::Fatal`] for one that cannot be read.
     pub fn open(dir: &Path, range: Range, table: Option<&str>) -> Result<Self> {
-        let (mut waiting, mut before, mut slot) = (VecDeque::new(), None, None);
+        let (mut waiting, mut before, mut slot) = (VecDeque::new(), None::<Batch>, None);
         for batch in super::batches(dir)? {
-            let last = batch.last;
             if batch.is_streamed() {
-                require_chain(&range, &batch, before)?;
-                before = Some(last);
+                require_chain(&range, &batch, before.as_ref())?;
+                before = Some(batch.clone());
             }
             if range.overlaps(&batch) {
                 require_stream(&batch, &mut slot)?;
@@ -184,18 +183,28 @@ fn require_stream(batch: &Batch, slot: &mut Option<SlotIdentity>) -> Result<()> 
 }
 
 /// Each batch names the row before it, so that one that was taken away is not passed over.
-fn require_chain(range: &Range, batch: &Batch, before: Option<Position>) -> Result<()> {
+fn require_chain(range: &Range, batch: &Batch, before: Option<&Batch>) -> Result<()> {
     // A gap before the range is of no concern, and neither is what lies before the oldest batch that is kept.
     let begin = Position { commit_lsn: range.from, ordinal: 0 };
     let Some(before) = before.filter(|_| batch.first > begin) else { return Ok(()) };
-    if before.commit_lsn >= range.to || Footer::of_batch(batch)?.previous == Some(before) {
+    if reaches_end(range, before)? || Footer::of_batch(batch)?.previous == Some(before.last) {
         return Ok(());
     }
     let next = Lsn(batch.first.commit_lsn.0 + u64::from(batch.first.ordinal > 0));
+    let fix = match next > range.to {
+        true => "put what is missing back".to_owned(),
+        false => format!("put what is missing back, or --from {next} (what lies before it is then left out)"),
+    };
     Err(Error::refused(
         "archive_gap",
-        format!("{} does not follow the batch before it, which ends with {}", batch.path.display(), bound(before)),
+        format!("{} does not follow the batch before it, which ends with {}", batch.path.display(), bound(before.last)),
         "every batch of the range",
-        format!("put what is missing back, or --from {next} (what lies before it is then left out)"),
+        fix,
     ))
+}
+
+/// Whether nothing of the range lies behind a batch. The range's last transaction may be sealed in several.
+fn reaches_end(range: &Range, batch: &Batch) -> Result<bool> {
+    let last = batch.last.commit_lsn;
+    Ok(last > range.to || (last == range.to && !Footer::of_batch(batch)?.partial))
 }

@@ -48,8 +48,19 @@ fn plain(layout: &std::sync::Arc<Layout>, at: Position) -> Event<'_> {
     Event { at, commit_ts: 5, xid: None, op: Op::Create, layout, cells: cells.as_slice().into(), old_key: None }
 }
 
-/// A sealed batch with one file; gives the JSON and the key of each event.
+/// A sealed batch with one file, which ends with its last transaction; gives the JSON and the key of each event.
 fn seal(dir: &Path, table: &str, previous: Option<Position>, events: &[Event<'_>]) -> Vec<(String, String)> {
+    seal_to(true, dir, table, previous, events)
+}
+
+/// The same; unless `whole`, rows of the last transaction follow in the next batch.
+fn seal_to(
+    whole: bool,
+    dir: &Path,
+    table: &str,
+    previous: Option<Position>,
+    events: &[Event<'_>],
+) -> Vec<(String, String)> {
     let layout = events[0].layout;
     let mut rows = columns::Rows::new(layout);
     events.iter().for_each(|event| rows.push(event, event.bytes()).unwrap());
@@ -68,7 +79,9 @@ fn seal(dir: &Path, table: &str, previous: Option<Position>, events: &[Event<'_>
     meta(archive::META_PIPELINE, "p".into());
     meta(archive::META_SLOT, r#"{"system_id":"7","timeline":1,"slot":"s"}"#.into());
     meta(archive::META_RESUME, Lsn(last.commit_lsn.0 + 8).to_string());
-    meta(archive::META_END_LSN, Lsn(last.commit_lsn.0 + 8).to_string());
+    if whole {
+        meta(archive::META_END_LSN, Lsn(last.commit_lsn.0 + 8).to_string());
+    }
     match previous {
         Some(previous) => meta(archive::META_PREVIOUS, archive::bound(previous)),
         None => meta(archive::META_ORIGIN, Lsn(8).to_string()),
@@ -160,6 +173,36 @@ fn tables_and_batches_that_overlap_are_merged_by_position() {
     std::fs::rename(dir.path().join(name(16, 40)), dir.path().join("away")).unwrap();
     seal(dir.path(), "a", None, &of(&a, &[(16, 0)]));
     assert_eq!(read(dir.path(), 8, 100, None).unwrap_err().exit_code(), 78);
+}
+
+#[test]
+fn a_part_of_the_ranges_last_transaction_that_was_taken_away_is_not_passed_over() {
+    let a = layout("a");
+    // One transaction in three batches, behind one that is whole.
+    let sealed = |without: Option<u64>| {
+        let dir = tempfile::tempdir().unwrap();
+        seal(dir.path(), "a", None, &[plain(&a, at(40, 0))]);
+        for part in (0..3).filter(|part| Some(*part) != without) {
+            let previous = if part == 0 { at(40, 0) } else { at(48, 2 * part - 1) };
+            let rows = [plain(&a, at(48, 2 * part)), plain(&a, at(48, 2 * part + 1))];
+            seal_to(part == 2, dir.path(), "a", Some(previous), &rows);
+        }
+        dir
+    };
+    let whole = sealed(None);
+    assert_eq!(read(whole.path(), 8, 48, None).unwrap().len(), 7);
+    for part in [0, 1] {
+        let Err(Error::Refused(refusal)) = read(sealed(Some(part)).path(), 8, 48, None) else { panic!("{part}") };
+        assert_eq!((refusal.check, refusal.fix.contains("--from")), ("archive_gap", false), "{refusal}");
+    }
+    // At the archive's end a transaction whose rest has not come looks the same, and is not counted as kept.
+    let cut = sealed(Some(2));
+    assert_eq!(kept(cut.path()).unwrap().unwrap().to, Lsn(47));
+    seal(cut.path(), "a", Some(at(48, 5)), &[plain(&a, at(56, 0))]);
+    assert_eq!(read(cut.path(), 8, 48, None).unwrap_err().exit_code(), 78);
+    // What lies behind the range is of no concern.
+    seal(whole.path(), "a", Some(at(56, 0)), &[plain(&a, at(64, 0))]);
+    assert_eq!(read(whole.path(), 8, 48, None).unwrap().len(), 7);
 }
 
 #[test]

@@ -49,8 +49,7 @@ impl Table {
     pub fn has_identity(&self) -> bool {
         match self.relation.replica_identity {
             b'f' => true,
-            b'd' => !self.primary_key.is_empty(),
-            b'i' => self.relation.columns.iter().any(|c| c.identity),
+            b'd' | b'i' => self.relation.columns.iter().any(|c| c.identity),
             _ => false,
         }
     }
@@ -113,12 +112,14 @@ pub async fn published(client: &Client, publication: &str) -> Result<Vec<Table>>
 /// Adds the columns and keys to a row of [`TABLE`].
 async fn describe(client: &Client, row: &Row, listed: Option<Vec<String>>) -> Result<Table> {
     let oid: u32 = row.get(0);
-    // The replica identity's columns: of the primary key (d), of the chosen index (i), all (f), none (n).
+    // The replica identity's columns: of the primary key (d), of the chosen index (i), all (f), none (n). A key that is
+    // DEFERRABLE is none for Postgres, since two rows may have it for a moment.
     let sql = format!(
         "SELECT a.attname::text, a.atttypid, a.atttypmod, \
              c.relreplident = 'f' OR EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid \
                  AND a.attnum = ANY ({KEY}) \
-                 AND (c.relreplident = 'd' AND i.indisprimary OR c.relreplident = 'i' AND i.indisreplident)), \
+                 AND (c.relreplident = 'd' AND i.indisprimary AND i.indimmediate \
+                     OR c.relreplident = 'i' AND i.indisreplident)), \
              (SELECT pg_catalog.array_position({KEY}, a.attnum) FROM pg_catalog.pg_index i \
                  WHERE i.indrelid = c.oid AND i.indisprimary) \
          FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \

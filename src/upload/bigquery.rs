@@ -396,9 +396,10 @@ fn segment(text: &str) -> impl std::fmt::Display {
     utf8_percent_encode(text, SEGMENT)
 }
 
-/// The base address: configured, else the emulator's (`host:port` or a URL), else Google's.
+/// The base address: configured, else the emulator's (`host:port` or a URL), else Google's. An empty one counts as none.
 pub(crate) fn base(endpoint: Option<&str>, emulator: Option<String>) -> String {
-    let chosen = endpoint.map(str::to_owned).or(emulator).filter(|s| !s.is_empty());
+    let is_given = |address: &String| !address.is_empty();
+    let chosen = endpoint.map(str::to_owned).filter(is_given).or(emulator.filter(is_given));
     let url = match chosen {
         Some(url) if url.contains("://") => url,
         Some(host) => format!("http://{host}"),
@@ -421,6 +422,8 @@ mod tests {
     fn the_address_is_the_configured_one_then_the_emulators_then_googles() {
         assert_eq!(base(Some("http://a:1/"), Some("b:2".into())), "http://a:1");
         assert_eq!(base(None, Some("b:2".into())), "http://b:2");
+        assert_eq!(base(Some(""), Some("b:2".into())), "http://b:2");
+        assert_eq!(base(Some(""), Some("".into())), GOOGLE);
         assert_eq!(base(None, None), GOOGLE);
         assert!(is_google(GOOGLE) && is_google("https://bigquery-x.p.googleapis.com"));
         assert!(!is_google("http://127.0.0.1:9050") && !is_google("https://googleapis.com.evil.example"));

@@ -204,6 +204,60 @@ async fn a_slot_without_lookup_state_is_refused_until_it_is_adopted() {
 }
 
 #[tokio::test]
+async fn a_base_that_nobody_can_read_is_replaced_by_an_adoption() {
+    let place = Place::new("torn").await;
+    assert_eq!(place.falaj(&["init", "--yes", "--with-tables"]).status.code(), Some(0));
+    fs::write(place.state().join("base.jsonl"), "").unwrap();
+    let refused = place.falaj(&["init", "--yes"]);
+    let said = stderr(&refused);
+    assert!(refused.status.code() == Some(78) && said.contains("falaj init --adopt-slot"), "{said}");
+    let adopted = place.falaj(&["init", "--yes", "--adopt-slot"]);
+    assert_eq!(adopted.status.code(), Some(0), "{}", stderr(&adopted));
+    assert!(state::header(&place.state()).unwrap().unwrap().adopted);
+    assert!(stdout(&place.falaj(&["init"])).contains("nothing to do"));
+    place.leave().await;
+}
+
+/// Also a key that is DEFERRABLE identifies no row for Postgres.
+#[tokio::test]
+async fn init_notes_tables_whose_updates_fail_once_they_are_published() {
+    let place = Place::new("bare").await;
+    let sql = place.sql().await;
+    sql.batch_execute(
+        "CREATE TABLE public.bare (n int); CREATE TABLE public.late (n int PRIMARY KEY DEFERRABLE);
+         CREATE TABLE public.whole (n int); ALTER TABLE public.whole REPLICA IDENTITY FULL;
+         CREATE TABLE public.keyed (n int PRIMARY KEY)",
+    )
+    .await
+    .unwrap();
+    let tables = ["bare", "keyed", "late", "whole"];
+    let blocks: String = tables.iter().map(|table| format!("[[table]]\nname = \"{table}\"\n")).collect();
+    fs::write(place.dir.path().join("falaj.toml"), blocks).unwrap();
+    let plan = stdout(&place.falaj(&["init"]));
+    let notes: Vec<_> = plan.lines().filter_map(|line| line.strip_prefix("note: ")).collect();
+    let note = |table: &str| {
+        format!(
+            "UPDATE and DELETE on {table} will fail once it is published: \
+             give it a primary key or REPLICA IDENTITY FULL"
+        )
+    };
+    assert_eq!(notes, ["bare", "late"].map(note), "{plan}");
+    let topic = |name: &str, rest: &str| plan.contains(&format!("  +  topic {}.{name}, {rest}\n", place.name));
+    assert!(topic("checkpoint", "1 partition, compacted"), "{plan}");
+    assert!(topic("dead_letter", "1 partition, kept for ever") && topic("bare", "3 partitions"), "{plan}");
+    let made = place.falaj(&["init", "--yes"]);
+    assert_eq!(made.status.code(), Some(0), "{}", stderr(&made));
+    // And so it is.
+    let refused = sql.execute("UPDATE public.late SET n = 2", &[]).await.unwrap_err();
+    assert!(refused.as_db_error().unwrap().message().contains("replica identity"), "{refused:?}");
+    let (findings, code) = place.check();
+    let told = finding(&findings, "replica_identity");
+    assert_eq!((code, &told["found"]), (0, &Value::from(r#"none: "public"."bare", "public"."late""#)), "{told}");
+    assert!(!stdout(&place.falaj(&["init"])).contains("note: "));
+    place.leave().await;
+}
+
+#[tokio::test]
 async fn a_slot_that_sends_what_is_only_prepared_is_refused() {
     let place = Place::new("prepared").await;
     place.sql().await.batch_execute(include_str!("../../sql/01_tables.sql")).await.unwrap();

@@ -2,6 +2,7 @@
 
 use std::error::Error as _;
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -22,7 +23,8 @@ use crate::world::{Health, World, backoff_from};
 
 /// Delay before the first repeat. Short, because the other events of that key wait behind it.
 const FIRST_DELAY: Duration = Duration::from_millis(20);
-/// How often a success whose body says "error" is tried before the event becomes a dead letter.
+/// How often, at least, a success whose body says "error" is tried before the event becomes a dead letter: where answers take
+/// long, the time alone may be over with the first.
 const ERROR_BODIES: u32 = 5;
 /// So many requests in a row without an acceptable answer mean that the peer does not accept: not ready.
 const MISSES: u32 = 5;
@@ -45,6 +47,8 @@ pub struct Peer {
     http: Client,
     url: Url,
     turns: Semaphore,
+    /// How long, at least, a success whose body says "error" is tried.
+    error_patience: Duration,
     acceptance: Acceptance,
     /// Whether there has been any answer so far.
     answered: AtomicBool,
@@ -62,7 +66,8 @@ impl Peer {
         let http = client(config, url.scheme() == "https")?;
         let acceptance = Acceptance { misses: AtomicU32::new(0), health: world.health.clone() };
         let turns = Semaphore::new(config.in_flight.min(Semaphore::MAX_PERMITS));
-        Ok(Self { http, url, turns, acceptance, answered: AtomicBool::new(false), stop: world.stop.clone() })
+        let (error_patience, answered) = (config.error_patience.0, AtomicBool::new(false));
+        Ok(Self { http, url, turns, error_patience, acceptance, answered, stop: world.stop.clone() })
     }
 
     /// The address for messages, as [`shown`].
@@ -99,6 +104,7 @@ impl Peer {
     pub async fn deliver(&self, id: &str, body: &Bytes) -> Result<Outcome> {
         let mut delays = backoff_from(FIRST_DELAY);
         let mut error_bodies = 0;
+        let mut first_error: Option<Instant> = None;
         for attempt in 1_u32.. {
             let (kind, reason, after) = match self.turn(id, body).await? {
                 None => return Ok(Outcome::Abandoned),
@@ -106,8 +112,9 @@ impl Peer {
                 Some(Verdict::Refused(reason)) => return Ok(Outcome::Refused(reason)),
                 Some(Verdict::Error(reason)) => {
                     error_bodies += 1;
-                    if error_bodies == ERROR_BODIES {
-                        return Ok(Outcome::Refused(format!("{reason} ({ERROR_BODIES} times)")));
+                    let lasting = first_error.get_or_insert_with(Instant::now).elapsed();
+                    if error_bodies >= ERROR_BODIES && lasting >= self.error_patience {
+                        return Ok(Outcome::Refused(format!("{reason} ({error_bodies} times)")));
                     }
                     ("error_body", reason, None)
                 }
@@ -285,9 +292,11 @@ fn text(headers: &HeaderMap, name: reqwest::header::HeaderName) -> Option<&str> 
     headers.get(name).and_then(|v| v.to_str().ok())
 }
 
-/// The TLS error among the causes of an error. An `io::Error` does not name what it holds as its source, and may hold another.
-fn tls_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
-    let held = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+/// The TLS error among the causes of an error. An `io::Error` does not name what it holds as its source, and may hold another; of
+/// an error that is shared, as in the client of Redis, the pointer alone is a source.
+pub(crate) fn tls_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    let shared = error.downcast_ref::<Arc<dyn std::error::Error + Send + Sync>>().map(|e| &**e);
+    let held = shared.or_else(|| error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref));
     let cause = held.map(|e| e as &(dyn std::error::Error + 'static)).or_else(|| error.source());
     error.downcast_ref().or_else(|| tls_error(cause?))
 }
