@@ -370,8 +370,10 @@ impl Config {
         if let Some(h) = self.kafka.headers.as_deref().filter(|h| *h != "cloudevents") {
             return Err(refused(format!("kafka.headers = {h:?}"), "\"cloudevents\", or no such key", "remove the key"));
         }
-        // Names and values alone: no file is opened, no broker is asked.
-        kafka::consumer(&self.kafka, false).create_native_config().map_err(|e| kafka::error(&self.kafka, &e))?;
+        // Names and values alone: no broker is asked, and no file opened once plugins are left out.
+        let mut client = kafka::consumer(&self.kafka, false);
+        client.remove("plugin.library.paths");
+        client.create_native_config().map_err(|e| kafka::error(&self.kafka, &e))?;
         if self.external.in_flight == 0 {
             return Err(refused("external.in_flight = 0", "1 or more", "raise it"));
         }
@@ -420,7 +422,7 @@ mod tests {
         assert_eq!(c.archive.seal_bytes, ByteSize(64 << 20));
         assert_eq!(c.tables[0].derive[1].divide[1], Operand::Column("length_seconds".into()));
         assert_eq!(c.bigquery.project, None);
-        assert_eq!(c.external.error_patience.to_string(), "60s");
+        assert_eq!(c.external.error_patience.to_string(), "10s");
     }
 
     #[test]

@@ -203,7 +203,7 @@ pub fn partitions(config: &Kafka, topic: &str) -> Result<Option<usize>> {
 /// # Errors
 /// As [`Probe::metadata`].
 pub fn topics(config: &Kafka, patience: Duration) -> Result<BTreeMap<String, usize>> {
-    Ok(usable(&Probe::new(config, &[])?.metadata(patience)?))
+    Ok(usable(&Probe::patient(config)?.metadata(patience)?))
 }
 
 /// The same through a client that is there: to connect and to end one of its own takes a tenth of a second.

@@ -45,7 +45,7 @@ fn ask(config: &Config) -> (Result<Topics>, Result<String>) {
     let id = format!("{}.check.preflight", config.pipeline);
     let settings =
         [("transactional.id", id.as_str()), ("transaction.timeout.ms", "10000"), ("message.timeout.ms", "5000")];
-    let asked = kafka::Probe::new(&config.kafka, &settings).and_then(|probe| Ok((probe.metadata(PATIENCE)?, probe)));
+    let asked = kafka::Probe::strict(&config.kafka, &settings).and_then(|probe| Ok((probe.metadata(PATIENCE)?, probe)));
     let (metadata, probe) = match asked {
         Ok(asked) => asked,
         Err(e) => return (Err(e), Ok(String::new())),

@@ -41,7 +41,7 @@ const LAST_REPORT: Duration = Duration::from_secs(2);
 /// How often Redis is asked whether it still stands where we left it, also without traffic.
 const COMPARE_EVERY: Duration = Duration::from_secs(1);
 /// How long the group may take to give this member its share: a member that is held up delays it for as long.
-const GROUP_PATIENCE: Duration = Duration::from_secs(30);
+const GROUP_PATIENCE: Duration = Duration::from_secs(45);
 
 /// Feeds the board and reports on stdout until the shutdown, or until what was readable at the start is applied.
 ///

@@ -96,21 +96,18 @@ impl Cache {
             oid: Some(relation.oid),
             key: find(&self.table.key)?,
             columns: self.table.columns.iter().map(find).collect::<Result<_>>()?,
-            numbers: self.table.numbers.clone(),
+            numbers: match self.table.numbers.is_empty() && fits(relation, numbers) {
+                // A state of before there were numbers.
+                true => numbers.clone(),
+                false => self.table.numbers.clone(),
+            },
         };
         Ok((fresh != self.table).then_some(fresh))
     }
 
-    /// Whether a schema from before the rows were read may be of the same columns.
+    /// Whether a schema from before the rows were read is of the same columns.
     pub(super) fn fits(&self, relation: &Relation) -> bool {
         self.table.numbers.is_empty() || fits(relation, &self.table.numbers)
-    }
-
-    /// Keeps the numbers of columns where they are not known yet, as in a state of before there were any.
-    pub(super) fn learn(&mut self, numbers: &BTreeMap<String, i16>) {
-        for (name, number) in numbers {
-            self.table.numbers.entry(name.clone()).or_insert(*number);
-        }
     }
 
     /// The table has another name now.
@@ -182,11 +179,12 @@ impl Cache {
     }
 }
 
-/// Whether these may be the numbers of a schema's columns: each of its names has one, and they stand in that order. The catalogue is of
-/// now, and a schema of the stream may be of long ago.
-pub(super) fn fits(relation: &Relation, numbers: &BTreeMap<String, i16>) -> bool {
-    let known: Option<Vec<_>> = relation.columns.iter().map(|c| numbers.get(&c.name)).collect();
-    known.is_some_and(|known| known.is_sorted())
+/// Whether these are the numbers of a schema's columns: the same names in the same order. They are of one moment, and a schema of the
+/// stream may be of long before. Where the publication leaves columns out, none is.
+fn fits(relation: &Relation, numbers: &BTreeMap<String, i16>) -> bool {
+    let mut named: Vec<_> = numbers.iter().map(|(name, number)| (number, name)).collect();
+    named.sort_unstable();
+    named.into_iter().map(|(_, name)| name).eq(relation.columns.iter().map(|c| &c.name))
 }
 
 /// Whether each value of a column has the same text after a change of its type, as far as Postgres's own casts go.

@@ -31,7 +31,7 @@ use state::{BaseHeader, BaseWriter, ChangeLog, Entry, LookupChange, LookupTable}
 
 /// A log beyond this size is folded into a new base when a session begins.
 const COMPACT_AT: u64 = 4 << 20;
-/// A session during which the log has grown by this much makes room for another one.
+/// A session during which the log has grown by this much, and by twice the base, makes room for another one.
 const OUTGROWN: u64 = 64 << 20;
 
 /// The lookup tables and their columns that a configuration joins; several tables may share one.
@@ -99,8 +99,8 @@ pub fn require_same(tables: &[LookupTable], published: &[(&Relation, BTreeMap<St
 pub struct Enricher {
     caches: Vec<Cache>,
     log: ChangeLog,
-    /// Size of the log when it was opened.
-    opened: u64,
+    /// How long the log may become in this session, in bytes.
+    room: u64,
     /// The loaded state holds every change below it.
     from: Lsn,
     origin: Lsn,
@@ -144,16 +144,18 @@ impl Enricher {
         });
         let (adoption, origin) = (adoption.transpose()?, header.origin);
         let changed = last.max(named);
-        let opened = log.bytes()?;
-        let loaded = Self { caches, log, opened, from: upto.resume, origin, changed, adoption, hits: 0, misses: 0 };
-        let compact = opened > COMPACT_AT && !loaded.log.has_tail()?;
+        let bytes = log.bytes()?;
+        let room = bytes + OUTGROWN.max(2 * state::base_bytes(dir)?);
+        let loaded = Self { caches, log, room, from: upto.resume, origin, changed, adoption, hits: 0, misses: 0 };
+        let compact = bytes > COMPACT_AT && !loaded.log.has_tail()?;
         if compact { loaded.compact(dir, header, upto.resume) } else { Ok(loaded) }
     }
 
     /// Writes the rows as of `lsn` as the new base, so that the log does not grow with the years.
     fn compact(mut self, dir: &Path, header: BaseHeader, lsn: Lsn) -> Result<Self> {
         write_base(dir, BaseHeader { lsn, changed: Some(self.changed), ..header }, &self.caches)?;
-        (self.log, self.opened) = (ChangeLog::empty(dir)?, 0);
+        self.log = ChangeLog::empty(dir)?;
+        self.room = OUTGROWN.max(2 * state::base_bytes(dir)?);
         Ok(self)
     }
 
@@ -178,7 +180,7 @@ impl Enricher {
     /// # Errors
     /// [`Error::Fatal`] when the disk refuses.
     pub fn is_outgrown(&self) -> Result<bool> {
-        Ok(self.log.bytes()?.saturating_sub(self.opened) > OUTGROWN)
+        Ok(self.log.bytes()? > self.room)
     }
 
     /// Cached rows of all lookup tables.
@@ -242,19 +244,17 @@ impl Enricher {
     ) -> Result<bool> {
         let seen = self.adopted(next, xid);
         let cache = &mut self.caches[table];
-        let under = cache.under(relation, numbers);
+        let none = BTreeMap::new();
+        let under = cache.under(relation, if seen { &none } else { numbers });
         // The server describes a relation once, which may be below what is loaded, and rows of it may come after that.
         cache.follows = !seen || (matches!(under, Ok(None)) && cache.fits(relation));
         // The loaded state has it already.
         if !cache.follows || next.commit_lsn < self.from {
             return Ok(false);
         }
-        let fresh = under?;
-        let changed = fresh.is_some();
-        fresh.map_or(Ok(()), |fresh| self.record(table, next, LookupChange::Relation(fresh)))?;
-        if cache::fits(relation, numbers) {
-            self.caches[table].learn(numbers);
-        }
+        let Some(fresh) = under? else { return Ok(false) };
+        let changed = fresh.columns != cache.table.columns;
+        self.record(table, next, LookupChange::Relation(fresh))?;
         Ok(changed)
     }
 

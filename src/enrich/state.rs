@@ -21,7 +21,7 @@ use crate::lsn::{Lsn, Position, SlotIdentity};
 use crate::schema::Type;
 
 use base::read_base;
-pub use base::{BaseWriter, clear, header, put_back, require_header, set_aside, unknown};
+pub use base::{BaseWriter, base_bytes, clear, header, put_back, require_header, set_aside, unknown};
 pub use log::ChangeLog;
 
 const CHANGES: &str = "changes.jsonl";

@@ -1,7 +1,8 @@
 //! A client for questions that also hears why a connection fails: librdkafka tells that to a callback only, and the request
 //! itself just times out.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientContext;
@@ -16,13 +17,22 @@ use crate::error::{Error, Result};
 
 /// After so long without an answer a refusal that was heard counts: by then another broker would have answered.
 const STEP: Duration = Duration::from_secs(3);
+/// What may also be an outage is a refusal only so long after a process has asked for the first time.
+const DOUBT: Duration = Duration::from_secs(10);
 /// How long what was heard is waited for.
 const HEARING: Duration = Duration::from_millis(100);
+
+/// When this process first asked Kafka.
+static FIRST: OnceLock<Instant> = OnceLock::new();
+/// Whether Kafka has answered it. From then on nothing is refused that may pass.
+static ANSWERED: AtomicBool = AtomicBool::new(false);
 
 /// See the module.
 pub struct Probe {
     producer: BaseProducer<Heard>,
     config: Kafka,
+    /// What was heard is told as it is, whatever was before.
+    strict: bool,
 }
 
 /// What says most of why a connection fails.
@@ -45,17 +55,26 @@ impl ProducerContext for Heard {
 }
 
 impl Probe {
-    /// `settings` are librdkafka's, over the user's.
+    /// For a role, which waits for an outage to pass.
     ///
     /// # Errors
     /// [`Error::Refused`] for a librdkafka key or value that does not exist.
-    pub fn new(config: &Kafka, settings: &[(&str, &str)]) -> Result<Self> {
+    pub fn patient(config: &Kafka) -> Result<Self> {
+        FIRST.get_or_init(Instant::now);
+        Ok(Self { strict: false, ..Self::strict(config, &[])? })
+    }
+
+    /// For a look at how things stand. `settings` are librdkafka's, over the user's.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a librdkafka key or value that does not exist.
+    pub fn strict(config: &Kafka, settings: &[(&str, &str)]) -> Result<Self> {
         let mut client = client(config);
         for (key, value) in settings {
             client.set(*key, *value);
         }
         let producer = client.create_with_context(Heard::default()).map_err(|e| error(config, &e))?;
-        Ok(Self { producer, config: config.clone() })
+        Ok(Self { producer, config: config.clone(), strict: true })
     }
 
     /// Every topic and broker. Blocking.
@@ -64,20 +83,14 @@ impl Probe {
     /// [`Error::Refused`] for a password or TLS that is not taken; [`Error::Unreachable`] when no broker answers within
     /// `patience`.
     pub fn metadata(&self, patience: Duration) -> Result<Metadata> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            // What is left behind another step goes with this one: a slow broker is asked for as long as may be.
-            let step = if left < 2 * STEP { left } else { STEP };
-            let e = match self.producer.client().fetch_metadata(None, step) {
-                Ok(metadata) => return Ok(metadata),
-                Err(e) => e,
-            };
-            let reason = self.reason(&e);
-            if step == left || !reason.is_transient() {
-                return Err(reason);
-            }
-        }
+        let step = STEP.min(patience);
+        let ask = |step| self.producer.client().fetch_metadata(None, step).map_err(|e| self.reason(&e));
+        let answer = match ask(step) {
+            Err(e) if e.is_transient() && step < patience => ask(patience - step),
+            answer => answer,
+        };
+        ANSWERED.fetch_or(answer.is_ok(), Ordering::Relaxed);
+        answer
     }
 
     /// Begins as a producer of transactions does, where `settings` have a `transactional.id`. Blocking.
@@ -94,13 +107,17 @@ impl Probe {
         let heard = self.producer.context().0.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some((heard, why)) = heard else { return error(&self.config, e) };
         let servers = self.config.servers();
+        // A listener that speaks no TLS just hangs up, and so does a proxy whose brokers are away; a token may not be had for now; a
+        // handshake that librdkafka itself saw fail was cut off.
+        let certain = ["SASL authentication error", "handshake failed: Broker:"].iter().any(|text| why.contains(text));
+        let certain = certain || heard.rdkafka_error_code() == Some(Code::SSL);
+        let asked_for = FIRST.get().map_or(Duration::ZERO, Instant::elapsed);
+        let refuses = self.strict || (!ANSWERED.load(Ordering::Relaxed) && (certain || asked_for > DOUBT));
         match heard.rdkafka_error_code() {
-            // A handshake that librdkafka itself saw fail was cut off.
-            Some(Code::Authentication) if !why.contains("handshake failed: Local:") => {
+            Some(Code::Authentication) if refuses && !why.contains("handshake failed: Local:") => {
                 no_rights(format!("{servers}: {why}"))
             }
-            // A listener that speaks no TLS just hangs up, which librdkafka counts as an outage; the text tells.
-            code if code == Some(Code::SSL) || why.contains("SSL handshake failed") => Error::refused(
+            code if refuses && (code == Some(Code::SSL) || why.contains("SSL handshake failed")) => Error::refused(
                 "kafka_tls",
                 format!("{servers}: {why}"),
                 "a listener that speaks TLS, with a certificate that ssl.ca.location has signed",
@@ -116,7 +133,7 @@ pub fn explained(config: &Kafka, unanswered: Error) -> Error {
     if !unanswered.is_transient() {
         return unanswered;
     }
-    match Probe::new(config, &[]).and_then(|probe| probe.metadata(STEP)) {
+    match Probe::patient(config).and_then(|probe| probe.metadata(STEP)) {
         Err(refused @ Error::Refused(_)) => refused,
         _ => unanswered,
     }

@@ -252,13 +252,13 @@ pub async fn primary_key(client: &Client, relation: &Relation) -> Result<Vec<usi
     })
 }
 
-/// The columns of a table by name, with `pg_attribute.attnum`: a column keeps its number, whatever it is called.
+/// The columns of a table by name, but for generated ones, with `pg_attribute.attnum`: a column keeps its number, whatever it is called.
 ///
 /// # Errors
 /// [`Error::Unreachable`] when the connection is lost.
 pub async fn column_numbers(client: &Client, table: u32) -> Result<BTreeMap<String, i16>> {
     let sql = "SELECT attname::text, attnum FROM pg_catalog.pg_attribute \
-               WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped";
+               WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped AND attgenerated = ''";
     let rows = client.query(sql, &[&table]).await.map_err(lost)?;
     Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }

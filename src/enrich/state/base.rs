@@ -121,6 +121,14 @@ pub fn header(dir: &Path) -> Result<Option<BaseHeader>> {
     }
 }
 
+/// Size of the base, in bytes.
+///
+/// # Errors
+/// [`Error::Fatal`] with the path when the disk refuses.
+pub fn base_bytes(dir: &Path) -> Result<u64> {
+    at(dir, fs::metadata(dir.join(BASE)).map(|m| m.len()))
+}
+
 /// Like [`header`], where the state of this slot is needed.
 ///
 /// # Errors
