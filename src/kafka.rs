@@ -216,7 +216,9 @@ pub fn topics_of<C: ClientContext>(
     client: &Client<C>,
     patience: Duration,
 ) -> Result<BTreeMap<String, usize>> {
-    Ok(usable(&client.fetch_metadata(None, patience).map_err(|e| error(config, &e))?))
+    let metadata = client.fetch_metadata(None, patience).map_err(|e| error(config, &e))?;
+    probe::has_answered();
+    Ok(usable(&metadata))
 }
 
 fn usable(metadata: &Metadata) -> BTreeMap<String, usize> {

@@ -89,8 +89,7 @@ impl Probe {
             Err(e) if e.is_transient() && step < patience => ask(patience - step),
             answer => answer,
         };
-        ANSWERED.fetch_or(answer.is_ok(), Ordering::Relaxed);
-        answer
+        answer.inspect(|_| has_answered())
     }
 
     /// Begins as a producer of transactions does, where `settings` have a `transactional.id`. Blocking.
@@ -126,6 +125,11 @@ impl Probe {
             _ => Error::unreachable(format!("Kafka at {servers}"), why),
         }
     }
+}
+
+/// Kafka has answered this process: what fails from now on is an outage.
+pub(super) fn has_answered() {
+    ANSWERED.store(true, Ordering::Relaxed);
 }
 
 /// Why another client of this configuration had no answer, where a [`Probe`] hears that. Blocking.
