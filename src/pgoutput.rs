@@ -169,10 +169,29 @@ pub struct Tuple<'a> {
 impl<'a> Tuple<'a> {
     /// Its cells in column order.
     pub fn cells(self) -> impl Iterator<Item = Cell<'a>> {
-        let mut r = Reader { bytes: self.bytes, at: 0 };
-        // The tuple was walked once when it was parsed, so no read below can come up short.
-        (0..self.len).map_while(move |_| r.cell().ok())
+        let mut rest = self.bytes;
+        // The tuple was walked once when it was parsed, so there is a cell each time.
+        (0..self.len).map_while(move |_| split_cell(&mut rest))
     }
+}
+
+/// Takes the first cell off; `None` where there is no whole one.
+#[inline]
+fn split_cell<'a>(bytes: &mut &'a [u8]) -> Option<Cell<'a>> {
+    let (kind, rest) = bytes.split_first()?;
+    let cell = match kind {
+        b'n' => Cell::Null,
+        b'u' => Cell::Unchanged,
+        b't' | b'b' => {
+            let (length, rest) = rest.split_first_chunk()?;
+            let (value, rest) = rest.split_at_checked(u32::from_be_bytes(*length) as usize)?;
+            *bytes = rest;
+            return Some(if *kind == b't' { Cell::Text(value) } else { Cell::Binary(value) });
+        }
+        _ => return None,
+    };
+    *bytes = rest;
+    Some(cell)
 }
 
 /// Why a message could not be read.
@@ -301,26 +320,30 @@ impl<'a> Reader<'a> {
 
     fn tuple(&mut self) -> Parsed<Tuple<'a>> {
         let len = self.u16()?;
-        let start = self.at;
+        let (start, mut rest) = (self.at, &self.bytes[self.at..]);
         for _ in 0..len {
-            self.cell()?;
+            if split_cell(&mut rest).is_none() {
+                self.at = self.bytes.len() - rest.len();
+                return Err(self.no_cell());
+            }
         }
+        self.at = self.bytes.len() - rest.len();
         Ok(Tuple { len, bytes: &self.bytes[start..self.at] })
     }
 
-    fn cell(&mut self) -> Parsed<Cell<'a>> {
-        match self.u8()? {
-            b'n' => Ok(Cell::Null),
-            b'u' => Ok(Cell::Unchanged),
-            b't' => Ok(Cell::Text(self.sized()?)),
-            b'b' => Ok(Cell::Binary(self.sized()?)),
-            other => Err(self.error(format!("column kind {:?}; n, u, t or b is needed", char::from(other)))),
-        }
-    }
-
-    fn sized(&mut self) -> Parsed<&'a [u8]> {
-        let length = self.u32()? as usize;
-        self.take(length)
+    /// Why there is no cell here.
+    #[cold]
+    fn no_cell(&mut self) -> ParseError {
+        let sized = |r: &mut Self| {
+            let length = r.u32()? as usize;
+            r.take(length).map(drop)
+        };
+        let found = match self.u8() {
+            Ok(b't' | b'b') => sized(self),
+            Ok(other) => Err(self.error(format!("column kind {:?}; n, u, t or b is needed", char::from(other)))),
+            Err(short) => Err(short),
+        };
+        found.err().unwrap_or_else(|| self.error("no column".into()))
     }
 
     fn zero_flags(&mut self) -> Parsed<()> {

@@ -1,8 +1,10 @@
 //! One lookup table in memory, and what a change of it means.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
-use super::row::Row;
+use hashbrown::HashSet;
+
+use super::row::{Coming, Row};
 use super::state::{ColumnType, LookupChange, LookupTable};
 use crate::change::RowChange;
 use crate::error::{Error, Result};
@@ -33,6 +35,11 @@ impl Cache {
             LookupChange::Truncate(_) => self.rows.clear(),
             LookupChange::Relation(table) => self.table = table,
         }
+    }
+
+    /// Has the row of a key fetched from memory, for whoever will look for it soon.
+    pub(super) fn expect(&self, key: &str) {
+        let _ = self.rows.get(&Coming(key.as_bytes()));
     }
 
     /// Whether a change leaves everything as it is.

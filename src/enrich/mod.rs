@@ -19,14 +19,14 @@ use crate::config;
 use crate::error::{Error, Result};
 use crate::event::{Cells, Layout};
 use crate::lsn::{Checkpoint, Lsn, Position, SlotIdentity};
-use crate::pgoutput::Cell;
+use crate::pgoutput::{Cell, Tuple};
 use crate::schema::Relation;
 use crate::value::Converted;
 use adoption::Adoption;
 use cache::Cache;
 pub use moment::Moment;
-use plan::extend;
 pub use plan::{Plan, layout};
+use plan::{expect, extend};
 use state::{BaseHeader, BaseWriter, ChangeLog, Entry, LookupChange, LookupTable};
 
 /// A log beyond this size is folded into a new base when a session begins.
@@ -213,6 +213,12 @@ impl Enricher {
             None => {}
         }
         Ok(())
+    }
+
+    /// Prepares for [`Enricher::extend`] of a row that is about to come: a cached row that no core has in its own cache takes as
+    /// long to come as all the rest of an event to be made, if it is waited for.
+    pub fn expect(&self, layout: &Layout, row: Tuple<'_>, scratch: &mut Vec<u8>) {
+        expect(&self.caches, layout, row, scratch);
     }
 
     /// Appends NULL lookup and derived columns: for the delete of a row of which only the key is known.

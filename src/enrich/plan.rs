@@ -6,7 +6,7 @@ use super::state::LookupTable;
 use crate::config;
 use crate::error::{Error, Result};
 use crate::event::{self, Cells, Layout, OutColumn};
-use crate::pgoutput::Cell;
+use crate::pgoutput::{Cell, Tuple};
 use crate::schema::{Relation, Type};
 use crate::value::{self, Converted};
 
@@ -94,6 +94,15 @@ fn refuse_double_names(table: &str, columns: &[OutColumn]) -> Result<()> {
             "source, lookup and derived columns with names of their own, none of falaj's own names (_id, _op, …)",
             "rename the derived column, leave the lookup column out, or rename the source column",
         )),
+    }
+}
+
+/// Has the lookup row of a row fetched from memory. A key that is no value of its type is told by [`extend`].
+pub(super) fn expect(caches: &[Cache], layout: &Layout, row: Tuple<'_>, scratch: &mut Vec<u8>) {
+    let Some(join) = &layout.plan.join else { return };
+    let cell = row.cells().nth(join.on).unwrap_or(Cell::Null);
+    if let Ok(Some(key)) = value::text(layout.columns[join.on].ty, cell, scratch) {
+        caches[join.table].expect(key);
     }
 }
 

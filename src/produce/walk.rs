@@ -1,9 +1,11 @@
 //! The walk of one chunk: message → change → event → sinks; lookup changes into the fold.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Instant;
 
+use hashbrown::HashMap;
 use tokio_postgres::Client;
 
 use super::history::History;
@@ -18,7 +20,7 @@ use crate::error::{Error, Refusal, Result};
 use crate::event::Layout;
 use crate::lsn::{Checkpoint, Commit, Lsn, Position};
 use crate::message::Sent;
-use crate::pgoutput::{self, Message};
+use crate::pgoutput::{self, Message, ParseError};
 use crate::schema::Relation;
 use crate::sink::Sink;
 use crate::source::chunk::{Chunk, Frame};
@@ -72,6 +74,25 @@ struct Known {
 enum Planned {
     Layout(Arc<Layout>),
     Refused(Refusal),
+}
+
+/// A frame with its message.
+enum Parsed<'a> {
+    Message(std::result::Result<Message<'a>, ParseError>),
+    Keepalive { wal_end: Lsn, reply: bool },
+}
+
+impl<'a> From<Frame<'a>> for Parsed<'a> {
+    fn from(frame: Frame<'a>) -> Self {
+        match frame {
+            Frame::Data(bytes) => Self::Message(pgoutput::parse(bytes, false)),
+            Frame::Keepalive { wal_end, reply } => Self::Keepalive { wal_end, reply },
+        }
+    }
+}
+
+fn undecoded(error: impl Display) -> Error {
+    Error::fatal("decoding the replication stream", error)
 }
 
 impl Walk {
@@ -143,23 +164,39 @@ impl Walk {
         metrics::gauge!("falaj_produce_lookup_rows").set(self.enricher.rows() as f64);
     }
 
-    /// Walks every frame; stops early where `until` says so.
+    /// Walks every frame; stops early where `until` says so. While one is walked, the lookup row of the next one comes from
+    /// memory.
     pub(super) async fn chunk(
         &mut self,
         chunk: &Chunk,
         sinks: &mut [Box<dyn Sink>],
         mut until: Option<&mut Until>,
     ) -> Result<Option<Reached>> {
-        for frame in chunk.frames() {
-            let reached = match frame {
-                Frame::Data(bytes) => self.message(bytes, sinks, until.as_deref_mut()).await?,
-                Frame::Keepalive { wal_end, reply } => self.keepalive(wal_end, reply, until.as_deref())?,
+        let mut frames = chunk.frames().map(Parsed::from);
+        let mut next = frames.next();
+        while let Some(parsed) = next {
+            next = frames.next();
+            if let Some(Parsed::Message(Ok(message))) = &next {
+                self.expect(message);
+            }
+            let reached = match parsed {
+                Parsed::Message(message) => {
+                    self.message(message.map_err(undecoded)?, sinks, until.as_deref_mut()).await?
+                }
+                Parsed::Keepalive { wal_end, reply } => self.keepalive(wal_end, reply, until.as_deref())?,
             };
             if reached.is_some() {
                 return Ok(reached);
             }
         }
         Ok(None)
+    }
+
+    fn expect(&mut self, message: &Message<'_>) {
+        let (Message::Insert { relation, new } | Message::Update { relation, new, .. }) = message else { return };
+        if let Some(Known { planned: Planned::Layout(layout), .. }) = self.layouts.get(relation) {
+            self.enricher.expect(layout, *new, &mut self.scratch);
+        }
     }
 
     /// Everything committed below `wal_end` has been sent; with nothing open that is a position too.
@@ -178,16 +215,15 @@ impl Walk {
 
     async fn message(
         &mut self,
-        bytes: &[u8],
+        message: Message<'_>,
         sinks: &mut [Box<dyn Sink>],
         until: Option<&mut Until>,
     ) -> Result<Option<Reached>> {
-        let message = pgoutput::parse(bytes, false).map_err(|e| Error::fatal("decoding the replication stream", e))?;
         if !self.described.is_empty() {
             self.meet(&message, sinks).await?;
         }
         let open = self.assembler.open();
-        match self.assembler.push(message).map_err(|e| Error::fatal("decoding the replication stream", e))? {
+        match self.assembler.push(message).map_err(undecoded)? {
             Step::Change(change) => self.change(&change, sinks)?,
             Step::Truncate(changes) => changes.iter().try_for_each(|change| self.change(change, sinks))?,
             Step::Type { oid, namespace, name } => self.told.tell(oid, namespace, name),
