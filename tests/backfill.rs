@@ -160,12 +160,14 @@ async fn a_partition_that_is_made_while_the_snapshot_is_made_is_no_rewrite() {
     assert_eq!(keys(&of_op(&values, "r")), (1..=99).chain([500]).collect::<Vec<_>>());
 }
 
-/// Kills a copy again and again while it moves, until it ends by itself.
-async fn kill_and_go_on(p: &Pipeline, args: &[&str]) {
+/// Kills a copy again and again while it moves, until it ends by itself; slow enough, in rows a second, for a busy machine that looks
+/// late.
+async fn kill_and_go_on(p: &Pipeline, rate: &str) {
+    let args = ["backfill", "item"];
     let topics = [p.config.checkpoint_topic(), p.config.topic("item")];
     let mut kills = 0;
     while kills < 6 {
-        let mut copy = p.start(args);
+        let mut copy = p.start(&[&args[..], &["--rate", rate]].concat());
         let before = kafka::ends(&p.config, &topics[..1]).await[0];
         until("the copy moves", async || kafka::ends(&p.config, &topics[..1]).await[0] > before + 6 || !copy.runs())
             .await;
@@ -177,7 +179,7 @@ async fn kill_and_go_on(p: &Pipeline, args: &[&str]) {
         kills += 1;
     }
     assert!(kills >= 2, "killed {kills} times only: too fast for this test");
-    p.start(args).ends_well().await;
+    p.start(&args).ends_well().await;
 }
 
 async fn killed(name: &str, columns: &str, alter: &str) {
@@ -187,7 +189,7 @@ async fn killed(name: &str, columns: &str, alter: &str) {
     p.set("FALAJ_PRODUCE__TRANSACTION_BYTES", "64KiB");
     p.set("FALAJ_ARCHIVE__SEAL_BYTES", "32KiB");
     p.init().await;
-    kill_and_go_on(&p, &["backfill", "item", "--rate", "20000"]).await;
+    kill_and_go_on(&p, "8000").await;
     let all: Vec<i64> = (1..=rows).collect();
     for (sink, events) in [("kafka", p.values("item").await), ("archive", p.rows("item"))] {
         assert_eq!(of_op(&events, "r").len(), events.len(), "{sink}");
@@ -256,7 +258,7 @@ async fn killed_beside_a_writer(name: &str, columns: &str, moves: bool) {
     p.run("ALTER TABLE item REPLICA IDENTITY FULL").await;
     p.init().await;
     let writer = Writer::start(&p, rows, 11, moves).await;
-    kill_and_go_on(&p, &["backfill", "item", "--rate", "10000"]).await;
+    kill_and_go_on(&p, "4000").await;
     writer.stop().await;
     p.produce().await;
     let expected = source(&p).await;
