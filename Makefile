@@ -15,7 +15,7 @@ demo:
 	@dev/demo $(FOR)
 
 test:
-	@dev/setup build
+	@dev/setup build test
 	@dev/test $(ARGS)
 
 test-all-pg:

@@ -1,6 +1,6 @@
 -- Two roles, each with no more rights than its work needs.
 --
---   falaj_stream   reads the slot and the published tables: produce, consume, upload, run, check, status, verify, backfill
+--   falaj_stream   reads the slot and the published tables: produce, consume, upload, run, check, status, top, tap, verify, backfill
 --   falaj_load     writes the two tables: generate
 --
 -- `falaj init` creates publication and slot and is run by the tables' owner with REPLICATION, or by a superuser.

@@ -51,6 +51,10 @@ pub enum Verb {
     Board(Board),
     /// One-shot state of every role's position and lag
     Status(Json),
+    /// The same again and again, with rates and the head of the board; Ctrl-C ends it
+    Top,
+    /// Events as they become readable in Kafka, one a line, from now on
+    Tap(Tap),
     /// The simulated outside system: an idempotent receiver with switchable faults
     MockExternal(MockExternal),
     /// Read the slot up to an LSN, encode every event, keep none, acknowledge nothing
@@ -253,6 +257,14 @@ pub struct Board {
     /// Print again every second
     #[arg(long)]
     pub follow: bool,
+}
+
+/// Arguments of `tap`.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Tap {
+    /// Only the events of these tables, for which Postgres is not asked; bare in schema public, else schema.table
+    #[arg(value_name = "TABLE")]
+    pub tables: Vec<String>,
 }
 
 /// Flags of `mock-external`.

@@ -1,4 +1,5 @@
-//! The operator's listener: `/livez`, `/readyz`, `/metrics`, `/api/v1/status`, `/api/v1/board`. And the `healthcheck` verb.
+//! The operator's listener: the dashboard, `/livez`, `/readyz`, `/metrics`, `/api/v1/status`, `/api/v1/board`. And the
+//! `healthcheck` verb.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -18,6 +19,7 @@ use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::consume::SharedBoard;
+use crate::dashboard;
 use crate::error::{Error, Result};
 use crate::status::{self, Status};
 use crate::world::World;
@@ -26,8 +28,6 @@ use crate::world::World;
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// A status younger than this is shown again: gathering one asks every server.
 const STATUS_AGE: Duration = Duration::from_secs(1);
-/// What there is to ask for.
-const INDEX: &str = "falaj\n/livez\n/readyz\n/metrics\n/api/v1/status\n/api/v1/board?top=10\n";
 /// How long `healthcheck` waits.
 const HEALTHCHECK: Duration = Duration::from_secs(5);
 /// Contents on the board unless `?top=N` says otherwise.
@@ -50,11 +50,13 @@ pub async fn start(world: &World, metrics: PrometheusHandle) -> Result<Option<So
     let (address, listener) = match bound {
         Ok(bound) => bound,
         Err(e) => {
-            warn!("http.listen = {listen:?}: {e}; /metrics, /livez and /readyz are not served by this process");
+            warn!(
+                "http.listen = {listen:?}: {e}; the dashboard, /metrics, /livez and /readyz are not served by this process"
+            );
             return Ok(None);
         }
     };
-    info!("serving http://{address}/metrics, /livez, /readyz, /api/v1/status, /api/v1/board");
+    info!("serving http://{address}/, /metrics, /livez, /readyz, /api/v1/status, /api/v1/board");
     let face = Face { world: world.clone(), metrics, status: Arc::default(), board: Arc::default() };
     tokio::spawn(async move {
         if let Err(e) = axum::serve(listener, routes(face)).await {
@@ -85,7 +87,6 @@ struct Face {
 
 fn routes(face: Face) -> Router {
     Router::new()
-        .route("/", get(async || INDEX))
         .route("/livez", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route(
@@ -94,6 +95,7 @@ fn routes(face: Face) -> Router {
         )
         .route("/api/v1/status", get(async |State(face): State<Face>| Json(face.status().await)))
         .route("/api/v1/board", get(board))
+        .merge(dashboard::routes())
         .with_state(face)
 }
 

@@ -121,6 +121,23 @@ pub fn error(config: &Kafka, e: &KafkaError) -> Error {
     }
 }
 
+/// Whether a reader's place is not in the log (any more), and is not found by waiting.
+pub(crate) fn is_place_lost(e: &KafkaError) -> bool {
+    use RDKafkaErrorCode as Code;
+    matches!(
+        e.rdkafka_error_code(),
+        Some(
+            Code::AutoOffsetReset
+                | Code::OffsetOutOfRange
+                | Code::UnknownTopicOrPartition
+                | Code::UnknownTopic
+                | Code::UnknownPartition
+                | Code::UnknownTopicId
+                | Code::LogTruncation,
+        )
+    )
+}
+
 fn no_rights(found: String) -> Error {
     Error::refused(
         "kafka_rights",

@@ -32,11 +32,14 @@ pub mod replay; //      archive → a sink, once more
 pub mod upload; //      archive → BigQuery
 pub mod verify; //      source against sinks
 
+mod dashboard; //       the page of the HTTP listener
 pub mod demo; //        the whole system in one terminal
-pub mod http; //        livez, readyz, metrics, status and board over HTTP
+pub mod http; //        livez, readyz, metrics, status, board, dashboard over HTTP
 pub mod metrics; //     the figures of this process
 pub mod run; //         produce, consume and upload in one process
 pub mod status; //      where everything stands
+pub mod tap; //         events as they become readable
+pub mod top; //         where everything stands, again and again
 
 pub mod cli; //         the command line
 pub mod config; //      defaults < file < environment < flags

@@ -142,6 +142,8 @@ async fn dispatch(world: &World, verb: Verb, metrics: PrometheusHandle) -> Resul
         Verb::Run => falaj::run::run(world).await,
         Verb::Demo(args) => falaj::demo::run(world, &args, metrics).await,
         Verb::Status(args) => falaj::status::run(world, &args).await,
+        Verb::Top => falaj::top::run(world).await,
+        Verb::Tap(args) => falaj::tap::run(world, &args).await,
         Verb::MockExternal(args) => falaj::mock_external::run(world, &args).await,
         Verb::Healthcheck => falaj::http::healthcheck(&world.config).await,
     }

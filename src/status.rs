@@ -45,10 +45,10 @@ pub struct Status {
     pub archive: Part<Archive>,
     /// Each table that a backfill was begun of.
     pub backfill: Part<Vec<Told>>,
-    /// What feeds the board in Redis.
-    pub board: Part<Reader>,
-    /// What feeds the outside system.
-    pub external: Part<Reader>,
+    /// What feeds the board in Redis; `null` without `redis.url`.
+    pub board: Option<Part<Reader>>,
+    /// What feeds the outside system; `null` without `external.url`.
+    pub external: Option<Part<Reader>>,
     /// What is loaded into BigQuery; `null` without a project.
     pub upload: Option<Part<Vec<Loaded>>>,
 }
@@ -140,8 +140,8 @@ pub async fn gather(world: &World) -> Status {
         sinks,
         part(blocking(config, archive)),
         part(backfill::progress(config)),
-        part(kafka::board(config)),
-        part(kafka::external(config)),
+        used(&config.redis.url, kafka::board(config)),
+        used(&config.external.url, kafka::external(config)),
         upload(world),
     );
     if let Part::Is(slot) = &slot {
@@ -161,6 +161,11 @@ async fn part<T>(asked: impl Future<Output = Result<T>>) -> Part<T> {
         Ok(Err(error)) => Part::Unknown { error: error.to_string() },
         Err(_) => Part::Unknown { error: format!("no answer within {PATIENCE:?}") },
     }
+}
+
+/// An empty address says that nobody uses it.
+async fn used<T>(url: &str, asked: impl Future<Output = Result<T>>) -> Option<Part<T>> {
+    if url.is_empty() { None } else { Some(part(asked).await) }
 }
 
 /// Where one sink stands; its position counts for one stream only.

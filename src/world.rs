@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -101,12 +101,32 @@ pub fn print(text: &str) -> Result<()> {
 ///
 /// # Errors
 /// As [`print()`].
-pub fn print_on(text: &str) -> Result<bool> {
+pub fn print_on(text: impl AsRef<[u8]>) -> Result<bool> {
     let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(text.as_ref()).and_then(|()| out.flush()) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
         written => written.map(|()| true).map_err(|e| Error::fatal("writing to stdout", e)),
     }
+}
+
+/// Shows a view in the place of the one before, as much of it as the terminal has lines for; where stdout is no terminal,
+/// below it, whole. Says whether somebody still reads.
+///
+/// # Errors
+/// As [`print()`].
+pub fn redraw(view: &str) -> Result<bool> {
+    let out = std::io::stdout();
+    if !out.is_terminal() {
+        return print_on(view);
+    }
+    let lines = rustix::termios::tcgetwinsize(out).map_or(0, |size| usize::from(size.ws_row));
+    // A terminal that does not know its size gets all.
+    let room = lines.checked_sub(1).unwrap_or(usize::MAX);
+    let mut text = "\x1b[H\x1b[?7l".to_owned();
+    for line in view.lines().take(room) {
+        text.extend([line, "\x1b[K\n"]);
+    }
+    print_on(text + "\x1b[?7h\x1b[J")
 }
 
 impl World {
@@ -170,6 +190,15 @@ impl World {
             Err(e) if e.is_transient() && self.stop.is_cancelled() => Ok(()),
             outcome => outcome,
         }
+    }
+
+    /// Writes to stdout from another thread: who takes nothing of it must not hold up a shutdown. Says whether somebody still reads.
+    ///
+    /// # Errors
+    /// Those of `write`; [`Error::Unreachable`] when it has not come to its end some seconds after a shutdown.
+    pub async fn show(&self, write: impl FnOnce() -> Result<bool> + Send + 'static) -> Result<bool> {
+        let written = tokio::task::spawn_blocking(write);
+        self.answer("stdout", async { written.await.map_err(|e| Error::fatal("writing to stdout", e))? }).await
     }
 
     /// The outcome of a request; after a shutdown it is not waited for much longer.

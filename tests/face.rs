@@ -1,5 +1,7 @@
-//! What an operator sees: the HTTP listener, `status`, `healthcheck`, `run` and `demo`, against real servers.
+//! What an operator sees: the HTTP listener and its dashboard, `status`, `top`, `tap`, `healthcheck`, `run` and `demo`, against real servers.
 
+mod live;
+mod page;
 mod troupe;
 
 use std::collections::BTreeSet;

@@ -16,7 +16,7 @@ use super::redis::{ContentRow, DeviceRow, Store, nullable};
 use crate::cli::Board;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::world::{World, print, print_on};
+use crate::world::{World, print, print_on, redraw};
 
 /// How often `consume` reports.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
@@ -105,9 +105,13 @@ pub async fn board(world: &World, args: &Board) -> Result<()> {
 
 async fn follow(world: &World, args: &Board) -> Result<()> {
     let store = Store::new(&world.config)?;
+    let in_place = args.follow && !args.json;
     let mut view = world.at_start("redis", || read(&store, args.top)).await?;
     loop {
-        if !show(&view, args)? || !args.follow || world.pause(FOLLOW_EVERY).await.is_err() {
+        let text = if args.json { json(&view)? + "\n" } else { table(&view, 0) };
+        // A followed board stays in its place on a terminal.
+        let write = move || if in_place { redraw(&text) } else { print_on(text) };
+        if !world.show(write).await? || !args.follow || world.pause(FOLLOW_EVERY).await.is_err() {
             return Ok(());
         }
         view = world.for_ever("redis", || read(&store, args.top)).await?;
@@ -202,14 +206,10 @@ fn rfc3339(time: Timestamp) -> String {
     format!("{time:.6}")
 }
 
-/// Says whether somebody still reads.
-fn show(view: &BoardView, args: &Board) -> Result<bool> {
-    if args.json {
-        return print_on(&(json(view)? + "\n"));
-    }
-    // A followed board stays in its place on a terminal.
-    let clear = if args.follow && std::io::stdout().is_terminal() { "\x1b[2J\x1b[H" } else { "" };
-    print_on(&format!("{clear}{}", table(view, 0)))
+/// The head of the board for people: its best contents, and the devices with the most events.
+pub(crate) fn head(mut view: BoardView) -> String {
+    let more_devices = shorten(&mut view);
+    table(&view, more_devices)
 }
 
 /// Reports every few seconds what `consume` applied, for ever.

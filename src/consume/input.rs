@@ -129,16 +129,8 @@ impl Input {
             Some(Err(KafkaError::MessageConsumptionFatal(code))) => {
                 Polled::Trouble(Error::fatal(format!("reading {}", self.topic), code))
             }
+            Some(Err(e)) if kafka::is_place_lost(&e) => Polled::Lost(self.error(&e)),
             Some(Err(e)) => match e.rdkafka_error_code() {
-                Some(
-                    Code::AutoOffsetReset
-                    | Code::OffsetOutOfRange
-                    | Code::UnknownTopicOrPartition
-                    | Code::UnknownTopic
-                    | Code::UnknownPartition
-                    | Code::UnknownTopicId
-                    | Code::LogTruncation,
-                ) => Polled::Lost(self.error(&e)),
                 // The group goes on without us while Redis is away for long; the next poll joins it again.
                 Some(Code::PollExceeded) => Polled::Nothing,
                 _ => Polled::Trouble(self.error(&e)),

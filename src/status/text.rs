@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::{Loaded, Part, Reader, Sink, SinkAt, Slot, Status, Told};
 
 /// Several lines, each ended.
-pub(super) fn text(status: &Status) -> String {
+pub(crate) fn text(status: &Status) -> String {
     let mut text = String::new();
     let mut line = |name: &str, what: String| {
         let _ = writeln!(text, "{name:<10} {what}");
@@ -27,8 +27,9 @@ pub(super) fn text(status: &Status) -> String {
         Part::Is(tables) => tables.iter().for_each(|table| line("backfill", copied(table))),
         Part::Unknown { error } => line("backfill", unknown(error)),
     }
-    line("board", part(&status.board, reader));
-    line("external", part(&status.external, reader));
+    for (name, fed) in [("board", &status.board), ("external", &status.external)] {
+        line(name, fed.as_ref().map_or("left out: it has no address".into(), |fed| part(fed, reader)));
+    }
     match &status.upload {
         None => line("bigquery", "no project: nothing is uploaded".into()),
         Some(Part::Is(tables)) if tables.is_empty() => line("bigquery", "nothing is sealed yet".into()),
@@ -45,9 +46,13 @@ fn part<T>(part: &Part<T>, told: impl Fn(&T) -> String) -> String {
     }
 }
 
-/// In one line.
 fn unknown(error: &str) -> String {
-    format!("not known: {}", error.split_whitespace().collect::<Vec<_>>().join(" "))
+    format!("not known: {}", one_line(error))
+}
+
+/// A text of several lines, in one.
+pub(crate) fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 fn slot(slot: &Slot) -> String {
@@ -132,8 +137,8 @@ mod tests {
                 ranges_done: 0,
                 ranges: 3,
             }]),
-            board: Part::Unknown { error: "away".into() },
-            external: Part::Unknown { error: "away".into() },
+            board: Some(Part::Unknown { error: "away".into() }),
+            external: None,
             upload: None,
         };
         assert_eq!(
@@ -144,7 +149,7 @@ mod tests {
              batches    none in archive\n\
              backfill   t not whole: 7 of about 30 rows, 0 of 3 ranges\n\
              board      not known: away\n\
-             external   not known: away\n\
+             external   left out: it has no address\n\
              bigquery   no project: nothing is uploaded\n"
         );
         assert_eq!(

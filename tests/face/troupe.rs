@@ -77,6 +77,10 @@ impl Stage {
         self.env.insert(key.to_owned(), value.to_owned());
     }
 
+    pub fn env(&self) -> BTreeMap<String, String> {
+        self.env.clone()
+    }
+
     pub fn start(&self, args: &[&str]) -> Process {
         Process::start(args, &self.env)
     }
@@ -84,6 +88,11 @@ impl Stage {
     pub async fn generate(&self, count: u64) {
         let load = self.start(&["generate", "--count", &count.to_string()]);
         assert_eq!(load.end().await, 0, "{}", load.log());
+    }
+
+    /// A session in the pipeline's database.
+    pub async fn sql(&self) -> tokio_postgres::Client {
+        Conninfo::gather(&self.env["FALAJ_POSTGRES__URL"], &|_| None).unwrap().sql("falaj-test").await.unwrap()
     }
 
     pub async fn server_lsn(&self) -> String {
