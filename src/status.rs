@@ -8,7 +8,6 @@ pub(crate) mod text;
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::lsn::{Lsn, SlotIdentity};
 use crate::sink::{self, Stored};
 use crate::upload::record::{Record, Through};
-use crate::world::World;
+use crate::world::{World, print};
 use crate::{cli, upload};
 pub use kafka::{Reader, ReaderAt};
 pub use postgres::Slot;
@@ -45,9 +44,9 @@ pub struct Status {
     pub archive: Part<Archive>,
     /// Each table that a backfill was begun of.
     pub backfill: Part<Vec<Told>>,
-    /// What feeds the board in Redis; `null` without `redis.url`.
+    /// What feeds the board in Redis; `null` without `redis.url` or without the Kafka sink.
     pub board: Option<Part<Reader>>,
-    /// What feeds the outside system; `null` without `external.url`.
+    /// What feeds the outside system; `null` without `external.url` or without the Kafka sink.
     pub external: Option<Part<Reader>>,
     /// What is loaded into BigQuery; `null` without a project.
     pub upload: Option<Part<Vec<Loaded>>>,
@@ -116,12 +115,15 @@ pub struct Loaded {
 /// # Errors
 /// [`Error::Fatal`] when stdout cannot be written; a server that is away is part of the status.
 pub async fn run(world: &World, args: &cli::Json) -> Result<()> {
-    let status = gather(world).await;
+    let status = tokio::select! {
+        status = gather(world) => status,
+        () = world.stop.cancelled() => return Ok(()),
+    };
     let printed = match args.json {
         true => serde_json::to_string(&status).map_err(|e| Error::fatal("writing the status as JSON", e))? + "\n",
         false => text::text(&status),
     };
-    std::io::stdout().write_all(printed.as_bytes()).map_err(|e| Error::fatal("writing to stdout", e))
+    print(&printed)
 }
 
 /// Asks every server at once.
@@ -140,8 +142,8 @@ pub async fn gather(world: &World) -> Status {
         sinks,
         part(blocking(config, archive)),
         part(backfill::progress(config)),
-        used(&config.redis.url, kafka::board(config)),
-        used(&config.external.url, kafka::external(config)),
+        used(config, &config.redis.url, kafka::board(config)),
+        used(config, &config.external.url, kafka::external(config)),
         upload(world),
     );
     if let Part::Is(slot) = &slot {
@@ -163,9 +165,10 @@ async fn part<T>(asked: impl Future<Output = Result<T>>) -> Part<T> {
     }
 }
 
-/// An empty address says that nobody uses it.
-async fn used<T>(url: &str, asked: impl Future<Output = Result<T>>) -> Option<Part<T>> {
-    if url.is_empty() { None } else { Some(part(asked).await) }
+/// An outlet of `consume`. An empty address says that nobody uses it, and nothing feeds it without Kafka.
+async fn used<T>(config: &Config, url: &str, asked: impl Future<Output = Result<T>>) -> Option<Part<T>> {
+    let is_used = !url.is_empty() && config.produce.sinks.contains(&SinkName::Kafka);
+    if is_used { Some(part(asked).await) } else { None }
 }
 
 /// Where one sink stands; its position counts for one stream only.

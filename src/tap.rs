@@ -127,7 +127,7 @@ impl Reader {
                     Ok(message) => message.payload().into_iter().for_each(|value| line(value, terminal, &mut lines)),
                     Err(e) => outcome = trouble(config, &e),
                 }
-                if outcome.is_err() || lines.len() > CHUNK {
+                if outcome.is_err() || lines.len() > CHUNK || stop.is_cancelled() {
                     break;
                 }
                 polled = self.consumer.poll(Duration::ZERO);

@@ -31,7 +31,6 @@ pub async fn run(world: &World) -> Result<()> {
 }
 
 async fn show(world: &World) -> Result<()> {
-    let is_used = !world.config.redis.url.is_empty();
     let mut board = SharedBoard::default();
     let (mut parts, mut rates) = look(world, None).await;
     loop {
@@ -39,7 +38,7 @@ async fn show(world: &World) -> Result<()> {
             (parts, rates) = look(world, Some(parts)).await;
         }
         let mut view = format!("{}{rates}\n", text(&parts.1));
-        if is_used {
+        if parts.1.board.is_some() {
             view += &match board.read(&world.config, TOP).await {
                 Ok(ranking) => head(ranking),
                 Err(e) => format!("ranking not known: {}\n", one_line(&e.to_string())),

@@ -157,6 +157,12 @@ async fn status_tells_what_it_can_when_every_server_is_away() {
     let names: Vec<String> =
         people.out().lines().map(|line| line.split_whitespace().next().unwrap().to_owned()).collect();
     assert_eq!(names, ["pipeline", "slot", "kafka", "archive", "batches", "board", "external", "bigquery"]);
+    // What nobody uses is no part that is away.
+    env.insert("FALAJ_REDIS__URL".into(), String::new());
+    let without = Process::start(&["status", "--json"], &env);
+    assert_eq!(without.end().await, 0);
+    let without: Value = serde_json::from_str(&without.out()).unwrap();
+    assert!(without["board"].is_null() && without["external"]["error"].is_string(), "{without}");
 }
 
 /// Whoever ends a role that waits for its first server finds a clean end, whatever the role.

@@ -297,13 +297,17 @@ fn table(view: &BoardView, more_devices: usize) -> String {
 
 /// What a terminal may get of a text that anyone may have written: no control characters, and not too much.
 pub(crate) fn plain(text: &str) -> String {
+    match text.char_indices().nth(MAX_TEXT) {
+        Some((end, _)) => harmless(&text[..end]) + "…",
+        None => harmless(text),
+    }
+}
+
+/// The same of a text of any length.
+pub(crate) fn harmless(text: &str) -> String {
     let mut plain = String::new();
-    for (i, c) in text.chars().enumerate() {
+    for c in text.chars() {
         match c {
-            _ if i == MAX_TEXT => {
-                plain.push('…');
-                break;
-            }
             '\u{202A}'..='\u{202E}' | '\u{2066}'..='\u{2069}' => plain.extend(c.escape_unicode()),
             c if c.is_control() => plain.extend(c.escape_default()),
             c => plain.push(c),

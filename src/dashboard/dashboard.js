@@ -33,10 +33,10 @@ function fill(node, children) {
 
 const answered = new Map(); // path → when it last answered
 
-async function poll(path, every, read, show) {
+async function poll(path, every, read, show, isWanted = () => true) {
   answered.set(path, Date.now());
   for (;;) {
-    if (document.hidden) {
+    if (document.hidden || !isWanted()) {
       answered.set(path, Date.now());
     } else {
       try {
@@ -312,5 +312,5 @@ const json = (answer) => answer.json();
 poll("readyz", EVERY, json, showReadiness);
 poll("metrics", EVERY, (answer) => answer.text(), showFigures);
 poll("api/v1/status", SELDOM, json, showStatus);
-poll("api/v1/board?top=10", EVERY, json, showBoard);
+poll("api/v1/board?top=10", EVERY, json, showBoard, () => !$("ranking").hidden);
 setInterval(watch, EVERY);

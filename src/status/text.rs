@@ -3,12 +3,13 @@
 use std::fmt::Write;
 
 use super::{Loaded, Part, Reader, Sink, SinkAt, Slot, Status, Told};
+use crate::consume::board::harmless;
 
 /// Several lines, each ended.
 pub(crate) fn text(status: &Status) -> String {
     let mut text = String::new();
     let mut line = |name: &str, what: String| {
-        let _ = writeln!(text, "{name:<10} {what}");
+        let _ = writeln!(text, "{name:<10} {}", harmless(&what));
     };
     line("pipeline", format!("{}, as of {}", status.pipeline, status.as_of));
     line("slot", part(&status.slot, slot));
@@ -28,7 +29,7 @@ pub(crate) fn text(status: &Status) -> String {
         Part::Unknown { error } => line("backfill", unknown(error)),
     }
     for (name, fed) in [("board", &status.board), ("external", &status.external)] {
-        line(name, fed.as_ref().map_or("left out: it has no address".into(), |fed| part(fed, reader)));
+        line(name, fed.as_ref().map_or("left out: it has no address, or no Kafka".into(), |fed| part(fed, reader)));
     }
     match &status.upload {
         None => line("bigquery", "no project: nothing is uploaded".into()),
@@ -149,7 +150,7 @@ mod tests {
              batches    none in archive\n\
              backfill   t not whole: 7 of about 30 rows, 0 of 3 ranges\n\
              board      not known: away\n\
-             external   left out: it has no address\n\
+             external   left out: it has no address, or no Kafka\n\
              bigquery   no project: nothing is uploaded\n"
         );
         assert_eq!(
