@@ -62,6 +62,7 @@ function watch() {
 // ---- numbers for people ----
 
 const whole = (n) => Math.round(n).toLocaleString("en");
+const records = (n) => `${whole(n)} ${n === 1 ? "record" : "records"}`;
 
 function bytes(n) {
   for (const unit of ["B", "kB", "MB", "GB"]) {
@@ -181,7 +182,7 @@ function showFigures(text) {
     return [whole(now.total("falaj_produce_lookup_rows")), `${whole(misses)} of ${whole(hits + misses)} events had none`];
   });
   add("falaj_produce_restarts_total", "sessions begun again", () => [whole(now.total("falaj_produce_restarts_total")), ""]);
-  flow("falaj_consume_redis_events_total", "events on the board", () => `${whole(now.total("falaj_consume_redis_lag_records"))} records behind`);
+  flow("falaj_consume_redis_events_total", "events on the board", () => `${records(now.total("falaj_consume_redis_lag_records"))} behind`);
   add("falaj_consume_redis_commit_to_applied_seconds_bucket", "commit → board", () => delay("falaj_consume_redis_commit_to_applied_seconds"));
   flow("falaj_external_delivered_total", "delivered outside", () =>
     `${whole(now.total("falaj_external_waiting_events"))} waiting, ${whole(now.total("falaj_external_dead_letters_total"))} dead letters`);
@@ -226,7 +227,7 @@ function showStatus(status) {
   };
   const reader = (r) => {
     const at = r.partitions.map((p) => `${p.partition}: ${p.offset ?? "–"} of ${p.end}`).join(", ");
-    return [`${r.topic} (${at})`, `${whole(r.lag_records)} records`];
+    return [`${r.topic} (${at})`, records(r.lag_records)];
   };
   part("slot", status.slot, (s) => [
     `${s.name} acknowledged to ${s.confirmed_flush_lsn}; the server is at ${s.server_lsn} and keeps ` +
