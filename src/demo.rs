@@ -72,11 +72,8 @@ async fn show(world: &World, args: &cli::Demo, metrics: PrometheusHandle, screen
     }
     tokio::spawn(mock_external::serve(listener, mock.clone(), CancellationToken::new()));
     match http::start(&stage.world, metrics.clone()).await? {
-        Some(address) => {
-            screen
-                .say(&format!("dashboard  http://{address}/ (also /metrics, /readyz, /api/v1/status, /api/v1/board)"));
-        }
-        None => screen.say("HTTP       not served: http.listen is empty or in use"),
+        Some(address) => screen.say(&format!("dashboard  http://{address}/")),
+        None => screen.say("dashboard  not served: http.listen is empty or in use"),
     }
     let mut cast = Cast::start(&stage.world);
     let mut figures = Figures::new(&stage, metrics, mock.clone(), began);
