@@ -38,7 +38,7 @@ impl Cache {
     }
 
     /// Has the row of a key fetched from memory, for whoever will look for it soon.
-    pub(super) fn expect(&self, key: &str) {
+    pub(super) fn fetch_ahead(&self, key: &str) {
         let _ = self.rows.get(&Coming(key.as_bytes()));
     }
 

@@ -26,7 +26,7 @@ use adoption::Adoption;
 use cache::Cache;
 pub use moment::Moment;
 pub use plan::{Plan, layout};
-use plan::{expect, extend};
+use plan::{extend, fetch_ahead};
 use state::{BaseHeader, BaseWriter, ChangeLog, Entry, LookupChange, LookupTable};
 
 /// A log beyond this size is folded into a new base when a session begins.
@@ -217,8 +217,8 @@ impl Enricher {
 
     /// Prepares for [`Enricher::extend`] of a row that is about to come: a cached row that no core has in its own cache takes as
     /// long to come as all the rest of an event to be made, if it is waited for.
-    pub fn expect(&self, layout: &Layout, row: Tuple<'_>, scratch: &mut Vec<u8>) {
-        expect(&self.caches, layout, row, scratch);
+    pub fn fetch_ahead(&self, layout: &Layout, row: Tuple<'_>, scratch: &mut Vec<u8>) {
+        fetch_ahead(&self.caches, layout, row, scratch);
     }
 
     /// Appends NULL lookup and derived columns: for the delete of a row of which only the key is known.

@@ -98,11 +98,11 @@ fn refuse_double_names(table: &str, columns: &[OutColumn]) -> Result<()> {
 }
 
 /// Has the lookup row of a row fetched from memory. A key that is no value of its type is told by [`extend`].
-pub(super) fn expect(caches: &[Cache], layout: &Layout, row: Tuple<'_>, scratch: &mut Vec<u8>) {
+pub(super) fn fetch_ahead(caches: &[Cache], layout: &Layout, row: Tuple<'_>, scratch: &mut Vec<u8>) {
     let Some(join) = &layout.plan.join else { return };
     let cell = row.cells().nth(join.on).unwrap_or(Cell::Null);
     if let Ok(Some(key)) = value::text(layout.columns[join.on].ty, cell, scratch) {
-        caches[join.table].expect(key);
+        caches[join.table].fetch_ahead(key);
     }
 }
 

@@ -177,7 +177,7 @@ impl Walk {
         while let Some(parsed) = next {
             next = frames.next();
             if let Some(Parsed::Message(Ok(message))) = &next {
-                self.expect(message);
+                self.fetch_ahead(message);
             }
             let reached = match parsed {
                 Parsed::Message(message) => {
@@ -192,10 +192,10 @@ impl Walk {
         Ok(None)
     }
 
-    fn expect(&mut self, message: &Message<'_>) {
+    fn fetch_ahead(&mut self, message: &Message<'_>) {
         let (Message::Insert { relation, new } | Message::Update { relation, new, .. }) = message else { return };
         if let Some(Known { planned: Planned::Layout(layout), .. }) = self.layouts.get(relation) {
-            self.enricher.expect(layout, *new, &mut self.scratch);
+            self.enricher.fetch_ahead(layout, *new, &mut self.scratch);
         }
     }
 
